@@ -17,16 +17,17 @@ The defaults are the paper's Atari settings. Differs from the paper in
 """
 
 import difflib
+import importlib.util
 import io
 import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -442,6 +443,32 @@ def capture(steps, state) -> list:
     return [graph.replay for graph in graphs]
 
 
+def accelerate(mode: str, agent: Agent, optimizer, rollout: Rollout, args: Args, metrics) -> tuple[list, Callable]:
+    """The steps of acting, one for each row of the rollout, and the learning phase, bound to their tensors.
+
+    Every mode runs the same functions: leave out all that follows an `if`, and eager mode remains.
+    """
+    sample_fn, update_fns = sample_actions, (gae, evaluate_actions, ppo_loss)
+    if "compile" in mode:
+        update_fns = [torch.compile(f, fullgraph=True, dynamic=False) for f in update_fns]
+    if "compile" in mode and metrics.is_cuda:  # on a CPU, calling a compiled policy costs more than it saves
+        sample_fn = torch.compile(sample_actions, fullgraph=True, dynamic=False)
+
+    rows = zip(rollout.obs, rollout.gumbel, rollout.actions)
+    acts = [partial(act_step, agent, rollout.host_obs, *row, rollout.host_actions, sample_fn) for row in rows]
+    learn = partial(update, agent, optimizer, rollout, args, metrics, *update_fns)
+
+    def trained():
+        return [*agent.parameters(), *(x for state in optimizer.state.values() for x in state.values())]
+
+    if mode == "compile":
+        warm_up(acts[0], state=list)
+        warm_up(learn, state=trained)
+    if "cudagraphs" in mode:
+        return capture(acts, state=list), capture([learn], state=trained)[0]
+    return acts, learn
+
+
 # ---- command line and run folder -------------------------------------------------------------------------------------
 
 
@@ -483,13 +510,15 @@ def check_args(args: Args) -> tuple[torch.device, str]:
         fail(f"--total-timesteps {args.total_timesteps}: less than num_envs x num_steps = {args.batch_size}")
     if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", args.device):
         fail(f"--device {args.device}: must be auto, cpu, cuda or cuda:N")
-    fastest = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(fastest if args.device == "auto" else args.device)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    device = torch.device("cuda:0" if name == "cuda" else name)
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
         fail(f"--device {args.device}: torch can use {torch.cuda.device_count()} CUDA devices on this machine")
     mode = args.mode if args.mode != "auto" else "compile-cudagraphs" if device.type == "cuda" else "eager"
     if "cudagraphs" in mode and device.type != "cuda":
         fail(f"--mode {mode}: CUDA graphs need a CUDA device, and --device is {device}")
+    if args.track and not importlib.util.find_spec("wandb"):
+        fail("--track: needs the package wandb, which is not installed")
     return device, mode
 
 
@@ -562,6 +591,8 @@ def main(args: Args, stop=()) -> dict:
         fail(f"--run-dir {run_dir}: is not an empty folder; to go on with a run, name it with --resume")
 
     # ---- seed and build ----
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.manual_seed(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads or (cpu_cores() if device.type == "cpu" else 1))
@@ -596,36 +627,17 @@ def main(args: Args, stop=()) -> dict:
 
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "config.json", {"agent": agent_name, "args": asdict(args)})
-    shutil.copy(__file__, run_dir)
+    write_file(run_dir / Path(__file__).name, Path(__file__).read_bytes())
     save()
     if args.track:
         import wandb
 
         wandb.init(project="redline", name=run_dir.name, config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(run_dir, purge_step=global_step)
+    writer = SummaryWriter(run_dir, purge_step=global_step, flush_secs=30)
 
-    # ---- speed: the modes bind the same functions; without this block all below runs eagerly ----
     rollout, metrics = Rollout(args, envs, device), torch.zeros(len(METRICS), device=device)
-    sample_fn, update_fns = sample_actions, (gae, evaluate_actions, ppo_loss)
-    if "compile" in mode:
-        update_fns = [torch.compile(f, fullgraph=True, dynamic=False) for f in update_fns]
-    if "compile" in mode and device.type == "cuda":  # on a CPU, calling a compiled policy costs more than it saves
-        sample_fn = torch.compile(sample_actions, fullgraph=True, dynamic=False)
-    acts = [  # one for every row of the rollout, whose tensors it is bound to
-        partial(act_step, agent, rollout.host_obs, *row, rollout.host_actions, sample_fn)
-        for row in zip(rollout.obs, rollout.gumbel, rollout.actions)
-    ]
-    learn = partial(update, agent, optimizer, rollout, args, metrics, *update_fns)
-
-    def trained():
-        return [*agent.parameters(), *(x for state in optimizer.state.values() for x in state.values())]
-
     clock = time.perf_counter()
-    if "cudagraphs" in mode:
-        acts = capture(acts, state=list)
-        learn = capture([learn], state=trained)[0]
-    elif mode == "compile":
-        warm_up(learn, state=trained)
+    acts, learn = accelerate(mode, agent, optimizer, rollout, args, metrics)
     compile_seconds = time.perf_counter() - clock
 
     # ---- the loop ----
@@ -640,6 +652,7 @@ def main(args: Args, stop=()) -> dict:
     running, finished = np.zeros((2, args.num_envs)), []  # returns and lengths of games under way; those of ended ones
     first, last = global_step // args.batch_size + 1, args.num_iterations
     log_every, saved_at = max(1, last // 1000), time.perf_counter()
+    speeds = dict.fromkeys(("sps", "sps_rollout", "sps_update"))
     for iteration in range(first, last + 1):
         if iteration <= first + 1:  # SPS counts from the second iteration on: the first warms up what is left
             rollout_seconds, update_seconds, loop_start, loop_step = 0.0, 0.0, time.perf_counter(), global_step
@@ -678,10 +691,13 @@ def main(args: Args, stop=()) -> dict:
         if saving or iteration % log_every == 0:
             losses = dict(zip(METRICS, metrics.tolist()))
             if not all(map(math.isfinite, losses.values())):
+                progress.close()
+                writer.close()
                 fail(f"the loss is not finite any more at step {global_step}: {losses}. A lower --learning-rate may "
                      f"help; {run_dir}/checkpoint.pt is from before", status=1)  # fmt: skip
-            sps = (global_step - loop_step) / (time.perf_counter() - loop_start)
-            scalars = {"charts/SPS": sps, "charts/learning_rate": lr.item()}
+            seconds = time.perf_counter() - loop_start, rollout_seconds, update_seconds
+            speeds = {name: (global_step - loop_step) / s for name, s in zip(speeds, seconds)}
+            scalars = {"charts/SPS": speeds["sps"], "charts/learning_rate": lr.item()}
             scalars |= {f"losses/{name}": value for name, value in losses.items()}
             if finished:
                 scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(finished, axis=0)
@@ -699,10 +715,8 @@ def main(args: Args, stop=()) -> dict:
     writer.close()
 
     # ---- score and summary ----
-    steps = global_step - loop_step
     summary |= {"global_step": global_step, "train_return_mean": float(np.mean(returns)) if returns else None}
-    summary |= {"sps": sps, "sps_rollout": steps / rollout_seconds, "sps_update": steps / update_seconds}
-    summary |= final_score(args, agent, device, run_dir, stop)
+    summary |= speeds | final_score(args, agent, device, run_dir, stop)
     summary |= {"stopped_by": signal.Signals(stop[0]).name if stop else None, "compile_seconds": compile_seconds}
     summary |= {"wall_seconds": wall_seconds(), "run_dir": str(run_dir)}
     write_json(run_dir / "summary.json", summary)
