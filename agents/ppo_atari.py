@@ -597,8 +597,9 @@ def main(args: Args, stop=()) -> dict:
     generator = torch.Generator(device).manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads or (cpu_cores() if device.type == "cpu" else 1))
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.fp32_precision = "ieee" if args.precision == "fp32" else "tf32"
-    torch.backends.cuda.matmul.fp32_precision = "ieee" if args.precision == "fp32" else "tf32"
+    # not by the newer fp32_precision: while that is set, torch.compile stumbles over its own reading of the older flags
+    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    torch.set_float32_matmul_precision("highest" if args.precision == "fp32" or device.type == "cpu" else "high")
     bf16_cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     bf16 = args.precision == "bf16" or (args.precision == "auto" and bf16_cpu)
     checkpoint = load_checkpoint(run_dir, device) if saved_dir else {"global_step": 0, "wall_seconds": 0, "returns": []}

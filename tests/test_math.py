@@ -1,0 +1,174 @@
+"""Targets, losses and sampling against a few lines of numpy."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import agents_with
+
+GAMMA, LAMBDA = 0.97, 0.9
+
+
+def rollout_with_resets(T, N, seed):
+    """Rewards, values, terminations and dones as next-step autoreset produces them: every end, then a reset row."""
+    rng = np.random.default_rng(seed)
+    rewards, values = rng.normal(size=(T, N)), rng.normal(size=(T + 1, N))
+    terminations, dones = np.zeros((T, N)), np.zeros((T + 1, N))
+    for n in range(N):
+        for t in range(T):
+            if dones[t, n]:  # the reset row: no reward, no end
+                rewards[t, n] = 0
+            elif rng.random() < 0.2:
+                dones[t + 1, n] = 1
+                terminations[t, n] = rng.random() < 0.5
+    return rewards, values, terminations, dones
+
+
+def numpy_gae(rewards, values, terminations, dones):
+    advantages = np.zeros_like(rewards)
+    following = 0
+    for t in reversed(range(len(rewards))):
+        delta = rewards[t] + GAMMA * values[t + 1] * (1 - terminations[t]) - values[t]
+        following = advantages[t] = delta + GAMMA * LAMBDA * (1 - dones[t + 1]) * following
+    return advantages
+
+
+@pytest.mark.parametrize("module", agents_with("gae"))
+@pytest.mark.parametrize("T", [1, 2, 7, 64, 129])
+def test_gae_is_the_loop(module, T):
+    data = rollout_with_resets(T, 5, seed=T)
+    advantages = module.gae(*map(torch.tensor, data), GAMMA, LAMBDA)
+    np.testing.assert_allclose(advantages, numpy_gae(*data), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("module", agents_with("gae"))
+def test_gae_bootstraps_truncation_and_not_termination(module):
+    rewards, values = torch.tensor([[1.0, 1.0]]), torch.tensor([[0.0, 0.0], [10.0, 10.0]])
+    terminations, dones = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    advantages = module.gae(rewards, values, terminations, dones, 0.5, LAMBDA)
+    assert advantages.tolist() == [[1.0, 6.0]]  # ended for good; cut off, so 1 + 0.5 * 10
+
+
+@pytest.mark.parametrize("module", agents_with("gae"))
+def test_gae_ends_with_its_episode(module):
+    """What follows an end, reset row included, changes no advantage before it."""
+    rewards, values, terminations, dones = map(torch.tensor, rollout_with_resets(40, 3, seed=1))
+    before = module.gae(rewards, values, terminations, dones, GAMMA, LAMBDA)
+    t, n = map(int, torch.nonzero(dones[1:30])[0])
+    rewards[t + 1 :, n] += 100
+    values[t + 2 :, n] -= 100
+    after = module.gae(rewards, values, terminations, dones, GAMMA, LAMBDA)
+    assert torch.equal(before[: t + 1, n], after[: t + 1, n])
+    assert not torch.allclose(before[t + 1 :, n], after[t + 1 :, n])
+
+
+class Table(torch.nn.Module):
+    """A policy and values read from tables, so that a test can set them."""
+
+    def __init__(self, logits, values):
+        super().__init__()
+        self.logits, self.values = torch.nn.Parameter(logits), torch.nn.Parameter(values)
+
+    def policy(self, obs):
+        return self.logits[obs]
+
+    def forward(self, obs):
+        return self.logits[obs], self.values[obs]
+
+
+@pytest.mark.parametrize("module", agents_with("sample_actions"))
+def test_actions_are_drawn_with_the_policys_frequencies(module):
+    logits, draws = torch.tensor([[0.0, 1.0, 2.0, -1.0]]), 200_000
+    agent, obs = Table(logits, torch.zeros(1)), torch.zeros(draws, dtype=torch.int64)
+    gumbel = torch.empty(draws, 4).exponential_(generator=torch.Generator().manual_seed(1)).log_().neg_()
+    actions = module.sample_actions(agent, obs, gumbel)
+    assert actions.dtype == torch.int64
+    frequencies = torch.bincount(actions, minlength=4) / draws
+    torch.testing.assert_close(frequencies, logits[0].softmax(-1), rtol=0, atol=0.005)
+
+
+@pytest.mark.parametrize("module", agents_with("draw_noise"))
+def test_noise_is_gumbel_noise_and_permutations_fresh_every_time(module):
+    class rollout:
+        gumbel, permutations = torch.zeros(100, 20, 10), torch.zeros(3, 50, dtype=torch.int64)
+
+    generator, before = torch.Generator().manual_seed(1), None
+    for _ in range(2):
+        module.draw_noise(rollout, generator)
+        assert rollout.gumbel.isfinite().all()
+        assert abs(rollout.gumbel.mean() - np.euler_gamma) < 0.03  # the mean and variance of the Gumbel distribution
+        assert abs(rollout.gumbel.var() - np.pi**2 / 6) < 0.1
+        assert (rollout.permutations.sort(1).values == torch.arange(50)).all()
+        if before:
+            assert not torch.equal(before[0], rollout.gumbel) and not torch.equal(before[1], rollout.permutations)
+        before = rollout.gumbel.clone(), rollout.permutations.clone()
+
+
+def minibatch(rows, actions, seed):
+    rng = np.random.default_rng(seed)
+    return {
+        "obs": np.arange(rows),
+        "actions": rng.integers(actions, size=rows),
+        "logprobs": -rng.exponential(size=rows),
+        "values": rng.normal(size=rows),
+        "advantages": rng.normal(size=rows),
+        "returns": rng.normal(size=rows),
+        "valid": (rng.random(rows) < 0.8).astype(float),
+    }
+
+
+@pytest.mark.parametrize("module", agents_with("ppo_loss"))
+@pytest.mark.parametrize("norm_adv", [True, False])
+@pytest.mark.parametrize("clip_vloss", [True, False])
+def test_ppo_loss_is_the_papers(module, norm_adv, clip_vloss):
+    rows, clip = 50, 0.2
+    args = module.Args(norm_adv=norm_adv, clip_vloss=clip_vloss, clip_coef=clip, ent_coef=0.03, vf_coef=0.7)
+    rng, data = np.random.default_rng(0), minibatch(rows, 3, seed=1)
+    logits, new_values = rng.normal(size=(rows, 3)), rng.normal(size=rows)
+    agent = Table(torch.tensor(logits), torch.tensor(new_values))
+    loss, metrics = module.ppo_loss(agent, args, **{k: torch.tensor(v) for k, v in data.items()})
+
+    keep = data["valid"] == 1  # numpy leaves the reset rows out instead of giving them no weight
+    probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    ratio = (probs[np.arange(rows), data["actions"]] / np.exp(data["logprobs"]))[keep]
+    advantages, returns, values = (data[name][keep] for name in ("advantages", "returns", "values"))
+    if norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    pg_loss = -np.minimum(advantages * ratio, advantages * np.clip(ratio, 1 - clip, 1 + clip)).mean()
+    v_error = (new_values[keep] - returns) ** 2
+    if clip_vloss:
+        v_error = np.maximum(v_error, (values + np.clip(new_values[keep] - values, -clip, clip) - returns) ** 2)
+    entropy = -(probs * np.log(probs)).sum(1)[keep].mean()
+    expected = [pg_loss, 0.5 * v_error.mean(), entropy, -np.log(ratio).mean(), (ratio - 1 - np.log(ratio)).mean()]
+    expected.append((abs(ratio - 1) > clip).mean())
+    np.testing.assert_allclose(metrics, expected, rtol=1e-9)
+    assert loss.item() == pytest.approx(pg_loss + 0.7 * 0.5 * v_error.mean() - 0.03 * entropy, rel=1e-9)
+    assert len(metrics) == len(module.METRICS) - 1
+
+
+@pytest.mark.parametrize("module", agents_with("ppo_loss"))
+def test_reset_rows_teach_nothing(module):
+    rows = 30
+    data = {k: torch.tensor(v) for k, v in minibatch(rows, 3, seed=2).items()}
+    reset = data["valid"] == 0
+    assert reset.any()
+    gradients = []
+    for spoil in (0.0, 5.0):
+        for name in ("logprobs", "values", "advantages", "returns"):
+            data[name][reset] += spoil
+        agent = Table(torch.linspace(-1, 1, rows * 3).view(rows, 3).double(), torch.linspace(-1, 1, rows).double())
+        module.ppo_loss(agent, module.Args(), **data)[0].backward()
+        gradients.append((agent.logits.grad, agent.values.grad))
+    for clean, spoilt in zip(*gradients):
+        assert torch.equal(clean, spoilt)
+        assert (clean[reset] == 0).all() and (clean[~reset] != 0).any()
+
+
+@pytest.mark.parametrize("module", agents_with("evaluate_actions"))
+def test_log_probabilities_and_entropy_are_the_categoricals(module):
+    logits, actions = torch.randn(20, 5, dtype=torch.float64) * 3, torch.randint(5, (20,))
+    agent = Table(logits, torch.randn(20, dtype=torch.float64))
+    logprobs, entropy, values = module.evaluate_actions(agent, torch.arange(20), actions)
+    categorical = torch.distributions.Categorical(logits=logits)
+    torch.testing.assert_close(logprobs, categorical.log_prob(actions))
+    torch.testing.assert_close(entropy, categorical.entropy())
+    assert torch.equal(values, agent.values)
