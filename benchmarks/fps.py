@@ -1,0 +1,414 @@
+"""Speed of the agents on this machine, beside that of their environments alone.
+
+    python benchmarks/fps.py --suite quick        # every agent, in under 3 minutes
+    python benchmarks/fps.py --suite gpu          # every agent and mode, 8 to 512 environments, in under 8 minutes
+    python benchmarks/fps.py --agents ppo my_agent.py --modes eager compile --num-envs 8 32
+    python benchmarks/fps.py --agents ppo --modes eager --profile
+
+SPS is agent steps per second over all environments; on Atari, frames per second = SPS x frame_skip.
+
+Each run is a process of its own and goes through the agent's command line. The configurations take turns, so that a
+drift of the machine meets all of them alike; the first run of each starts with an empty compiler cache ("cold"), the
+others find it filled ("warm"). The mode "env-only" steps the agent's own environments with random actions: what the
+agent would reach if acting and learning took no time. Every run is appended to the results at once, as a line of JSON;
+benchmarks/report.py makes tables and plots of them.
+"""
+
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import resource
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import report
+import tyro
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+MODES = ("eager", "compile", "cudagraphs", "compile-cudagraphs")  # the last is the fastest on a GPU
+FIGURES = ("agent_command", "env_id", "frame_skip", "device", "num_envs", "sps", "sps_rollout", "sps_update",
+           "compile_seconds", "wall_seconds", "global_step", "host_memory_mib", "device_memory_mib", "cuda",
+           "trace")  # fmt: skip
+
+
+@dataclass
+class Args:
+    suite: Literal["quick", "gpu"] | None = None
+    """a choice of the other flags; those given beside it overrule it"""
+    agents: tuple[str, ...] = ()
+    """names of agents in agents/, or paths of agent files anywhere; none takes all of agents/"""
+    modes: tuple[Literal["eager", "compile", "cudagraphs", "compile-cudagraphs"], ...] = ()
+    """modes to run the agents in; none takes eager and the mode with all that the device can do"""
+    num_envs: tuple[int, ...] = ()
+    """numbers of environments; none takes each agent's own"""
+    device: str = "auto"
+    """the agents' --device"""
+    agent_flags: str = ""
+    """further flags for every agent, in one string after a "=": --agent-flags="--env-id Acrobot-v1 --num-steps 64" """
+    repeats: int = 3
+    """runs of each configuration, the cold one included"""
+    seconds: float = 5.0
+    """how long a run trains, about; never less than two iterations, the first of which only warms up"""
+    minutes: float = 60.0
+    """when this time is up the run under way is dropped and no other begun"""
+    results: Path = ROOT / "benchmarks/results.jsonl"
+    """file that every run is appended to"""
+    profile: bool = False
+    """measure nothing; write a torch profiler trace and a table of the ten costliest operators of one iteration"""
+    profile_dir: Path = ROOT / "runs/profiles"
+    """folder for the traces, which ui.perfetto.dev shows, and the tables"""
+
+
+SUITES = {
+    None: Args(),
+    "quick": Args(seconds=2, minutes=2.8),
+    "gpu": Args(seconds=2, minutes=7.8, modes=MODES, num_envs=(128, 512, 32, 8)),  # 128 first, if time gets short
+}
+
+
+# ---- in a process of its own -----------------------------------------------------------------------------------------
+
+
+def env_only() -> None:
+    """Step an agent's environments with random actions; prints their speed and what `measure` has to know.
+
+    Command line: AGENT SECONDS FLAGS, with the agent's own flags.
+    """
+    path, seconds, *flags = sys.argv[1:]
+    spec = importlib.util.spec_from_file_location("agent", path)
+    agent = sys.modules["agent"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(agent)
+    args = agent.parse_args(flags)
+
+    envs = agent.make_envs(args, args.num_envs, args.seed)
+    space = envs.single_action_space
+    actions = np.array([[space.sample() for _ in range(args.num_envs)] for _ in range(32)])
+    if np.issubdtype(actions.dtype, np.integer):
+        actions = actions.astype(np.int32)  # as envpool wants them
+    envs.reset()
+    steps, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < float(seconds) or not steps:
+        envs.step(actions[steps % len(actions)])
+        steps += 1
+
+    gpu = "torch" in sys.modules and sys.modules["torch"].cuda.is_available()
+    figures = {"env_id": args.env_id, "frame_skip": getattr(args, "frame_skip", 1), "num_envs": args.num_envs}
+    figures |= {"device": {"auto": "cuda" if gpu else "cpu"}.get(args.device, args.device)}
+    figures |= {"sps": steps * args.num_envs / elapsed, "learning_starts": getattr(args, "learning_starts", 0)}
+    print(json.dumps(figures | {"iteration_steps": args.num_envs * getattr(args, "num_steps", 1)} | memory()))
+
+
+def train() -> None:
+    """Run an agent as `python AGENT FLAGS` does, then print the memory that it took. Command line: AGENT FLAGS."""
+    run_script(sys.argv[1:])
+    print(json.dumps(memory()))
+
+
+def profile() -> None:
+    """Run an agent and record one iteration of it, which lasts from one update of its progress bar to the next.
+
+    Command line: TRACE SKIPPED AGENT FLAGS; TRACE is the file for the trace, SKIPPED (at least 1) how many iterations
+    go before. The table of operators goes beside the trace, as text.
+    """
+    import torch
+
+    trace, skipped, *agent = sys.argv[1:]
+    Path(trace).unlink(missing_ok=True)
+
+    def write(profiler):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        table = profiler.key_averages().table(f"self_{device}_time_total", row_limit=10, max_name_column_width=50)
+        Path(trace).with_suffix(".txt").write_text(table)
+        profiler.export_chrome_trace(trace)
+
+    schedule = torch.profiler.schedule(wait=int(skipped) - 1, warmup=1, active=1, repeat=1)
+    with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:
+        update = tqdm.update
+        tqdm.update = lambda bar, n=1: (update(bar, n), profiler.step())
+        run_script(agent)
+    if not Path(trace).is_file():
+        sys.exit("error: no iteration was recorded, for want of enough updates of a progress bar")
+    print(json.dumps({"trace": trace}))
+
+
+def run_script(argv: list[str]) -> None:
+    """Run `python SCRIPT FLAGS` in this process; a status other than 0 ends it."""
+    sys.argv = argv
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+def memory() -> dict:
+    """Peak memory of this process in MiB, and the CUDA version that its torch was built for.
+
+    Host: resident, without the compiler's own processes. Device: what torch reserved, graphs included; None on a CPU.
+    """
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    figures = {"host_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit}
+    if torch := sys.modules.get("torch"):
+        used = torch.cuda.is_initialized()
+        figures["device_memory_mib"] = torch.cuda.max_memory_reserved() // 2**20 if used else None
+        figures["cuda"] = torch.version.cuda
+    return figures
+
+
+def run(function: str, *arguments, timeout: float, **env: str) -> dict:
+    """Call a function of this file in a process of its own; returns the JSON objects that it printed last, as one.
+
+    Raises RuntimeError with the reason of a failure, and subprocess.TimeoutExpired after `timeout` seconds.
+    """
+    path = os.pathsep.join(filter(None, [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]))
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"import fps; fps.{function}()", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+        env=os.environ | {"PYTHONPATH": path} | env, start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = child.communicate(timeout=timeout)
+    except BaseException:
+        os.killpg(child.pid, signal.SIGKILL)  # with the compiler's processes
+        child.wait()
+        raise
+    if child.returncode:
+        said = [line.strip() for line in err.splitlines() if line.strip()] or ["no message"]
+        reason = next((line for line in said if line.startswith("error: ")), said[-1]).removeprefix("error: ")
+        code = child.returncode
+        raise RuntimeError(f"{reason[:200]} ({signal.Signals(-code).name if code < 0 else f'exit status {code}'})")
+    try:
+        return {key: value for line in out.splitlines()[-2:] for key, value in json.loads(line).items()}
+    except (ValueError, AttributeError):
+        raise RuntimeError("the last line that it printed is not a summary in JSON") from None
+
+
+# ---- what to measure -------------------------------------------------------------------------------------------------
+
+
+def find_agents(names) -> list[Path]:
+    """The files of the agents with these names or paths; of all agents in agents/ if there are none."""
+    known = {path.stem: path for path in sorted((ROOT / "agents").glob("*.py"))}
+    for name in names:
+        if name not in known and not Path(name).is_file():
+            fail(f"--agents {name}: neither a file nor one of {', '.join(known)}")
+    return [known.get(name) or Path(name).resolve() for name in names] or list(known.values())
+
+
+def configurations(args: Args, gpu: bool) -> list[tuple[Path, str, int | None]]:
+    """Agent, mode and num_envs (None: the agent's own) of all that is to be measured; agents in turns.
+
+    "env-only" precedes the modes with as many environments. The gpu suite has only its last mode at all of them.
+    """
+    agents, plan = find_agents(args.agents), []
+    modes = args.modes or ("eager", MODES[-1] if gpu else "compile")
+    for num_envs in args.num_envs or (None,):
+        chosen = modes[-1:] if args.suite == "gpu" and num_envs != 128 else modes
+        plan += [(agent, mode, num_envs) for mode in ("env-only", *chosen) for agent in agents]
+    return plan
+
+
+def measure(
+    args: Args, agent: Path, mode: str, num_envs: int | None, known: dict, sps: float | None, cache: Path,
+    timeout: float,
+) -> dict:  # fmt: skip
+    """Run one configuration once; returns its figures, with the agent's command line. Raises what `run` raises.
+
+    `known` are the figures of its "env-only", `sps` is the speed to expect of it, if any; `cache` is the folder for
+    what its compiler keeps.
+    """
+    flags = ["--device", args.device, *([] if num_envs is None else ["--num-envs", str(num_envs)])]
+    flags += shlex.split(args.agent_flags)
+    if mode == "env-only":
+        return run("env_only", agent, args.seconds, *flags, timeout=timeout)
+    if "sps" not in known:
+        raise RuntimeError("its environments do not run alone")
+    size, start = known["iteration_steps"], known["learning_starts"]
+    sps = sps or known["sps"] / 4  # of the first run, a guess
+    counted = max(1, math.ceil(args.seconds * sps / size))
+    flags += ["--mode", mode, "--total-timesteps", str(start + size * (1 + counted)), "--eval-episodes", "0"]
+    function = ["train"]
+    if args.profile:
+        function = ["profile", args.profile_dir / f"{agent.stem}_{mode}_{known['num_envs']}.json", 1 + start // size]
+    caches = {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
+    cache.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as run_dir:
+        figures = run(*function, agent, *flags, "--run-dir", run_dir, timeout=timeout, **caches)
+    if not figures.get("sps"):
+        raise RuntimeError("the run ended before its speed was measured")
+    name = agent.relative_to(ROOT) if agent.is_relative_to(ROOT) else agent.name
+    return figures | {"agent_command": shlex.join(["python", str(name), *flags])}
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+
+
+def describe_gpu() -> dict:
+    """Name, power limit in watts and driver of the first GPU, and how many there are; None where nvidia-smi is not."""
+    query = ["nvidia-smi", "--query-gpu=name,power.limit,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        lines = []
+    name, watts, driver = lines[0].split(", ") if lines else (None, "", None)
+    watts = float(watts) if re.fullmatch(r"[0-9.]+", watts) else None
+    return {"gpu": name, "gpu_count": len(lines), "gpu_power_limit_watts": watts, "driver": driver}
+
+
+def describe_cpu() -> dict:
+    """The processor's name and how many of its cores this process may use, by affinity and control group."""
+    try:
+        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        name = platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        cores = min(cores, math.ceil(quota / period))
+    except (OSError, ValueError):  # no control group, or "max": no quota
+        pass
+    return {"cpu": name, "cores": cores}
+
+
+def describe_code() -> dict:
+    """The commit, whether what is measured differs from it (both None outside a checkout), and the versions."""
+    def git(*words):
+        done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "agents", "benchmarks/fps.py")
+    except OSError:
+        commit, changes = None, None
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "envpool")}
+    dirty = None if changes is None else bool(changes)
+    return {"commit": commit, "dirty": dirty, "python": platform.python_version()} | versions
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def fail(message: str, status: int = 2):
+    """End the process with one sentence on stderr: status 2 for bad input, 1 for a failure while running."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def append(path: Path, *records: dict) -> None:
+    """Add lines of JSON to a file; a last line that was never finished stays one of its own."""
+    try:
+        with open(path, "a+b") as file:
+            file.seek(max(0, file.tell() - 1))
+            start = b"" if file.read() in (b"", b"\n") else b"\n"
+            file.write(start + b"".join(json.dumps(record).encode() + b"\n" for record in records))
+    except OSError as error:
+        fail(f"--results {path}: {error.strerror}", status=1)
+
+
+def table_line(*cells) -> str:
+    """A line of the table that grows while measuring; numbers without decimals, "-" for what is not there."""
+    cells = ["-" if cell is None else f"{cell:,.0f}" if isinstance(cell, float) else str(cell) for cell in cells]
+    return "{:<26} {:<18} {:>8} {:>4} {:>11} {:>11} {:>11} {:>9}".format(*cells)
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Read the command line; a suite sets the defaults of the other flags."""
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    return tyro.cli(Args, args=argv, description=__doc__, default=SUITES[args.suite])
+
+
+def take_turns(args: Args, plan: list, common: dict):
+    """Measure all of `plan` `repeats` times, in turns, until the time is up; yields a record of every run.
+
+    A configuration that fails is not tried again: its record has the reason under "failed", and no figures.
+    """
+    deadline = time.monotonic() + 60 * args.minutes
+    facts, speeds, failed = {}, {}, set()  # facts by agent and num_envs, speeds by configuration
+    turns = [*itertools.product(range(args.repeats), enumerate(plan))]
+    with tempfile.TemporaryDirectory(prefix="fps-", ignore_cleanup_errors=True) as scratch:
+        for repeat, (number, config) in tqdm(turns, unit=" runs", dynamic_ncols=True):
+            if config in failed:
+                continue
+            agent, mode, num_envs = config
+            known = facts.get((agent, num_envs), {"num_envs": num_envs})
+            record = common | {"date": now(), "agent": agent.stem, "mode": mode, "repeat": repeat}
+            record |= {key: known[key] for key in ("env_id", "frame_skip", "num_envs", "device") if key in known}
+            cache, left = Path(scratch, str(number)), deadline - time.monotonic()
+            try:
+                figures = measure(args, *config, known, speeds.get(config), cache, timeout=max(0, left))
+            except subprocess.TimeoutExpired:
+                tqdm.write("the time is up; the rest is left out", file=sys.stderr)
+                return
+            except RuntimeError as error:
+                failed.add(config)
+                yield record | {"failed": str(error)}
+                continue
+            speeds[config] = figures.get("sps")
+            if mode == "env-only":
+                facts[agent, num_envs] = figures
+            else:
+                record["cache"] = "warm" if repeat else "cold"
+            yield record | {key: figures[key] for key in FIGURES if key in figures}
+
+
+def main(args: Args) -> int:
+    """Measure, or profile, all that `args` asks for; returns the exit status, 1 if anything failed."""
+    if min(args.repeats, args.seconds, args.minutes) <= 0:
+        fail("--repeats, --seconds and --minutes must be more than 0")
+    machine = describe_gpu() | describe_cpu()
+    if args.suite == "gpu" and not machine["gpu"]:
+        fail("--suite gpu: nvidia-smi finds no GPU on this machine")
+    device = args.device if args.device != "auto" else "cuda" if machine["gpu"] else "cpu"
+    plan = configurations(args, gpu=device.startswith("cuda"))
+    common = {"started": now(), "command": shlex.join(["python", "benchmarks/fps.py", *sys.argv[1:]])}
+    common |= describe_code() | machine | {"device": device}
+    if args.profile:
+        args = replace(args, repeats=1, seconds=0.1)  # speeds do not count: the profiler slows all down
+        args.profile_dir.mkdir(parents=True, exist_ok=True)
+    else:
+        append(args.results)  # find out now whether it can be written
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    records, interrupted = [], False
+    print("SPS = agent steps per second; frames per second = SPS x frame_skip\n")
+    print(table_line("agent", "mode", "num_envs", "run", "SPS", "rollout", "update", "compile s"), flush=True)
+    try:
+        for record in take_turns(args, plan, common):
+            records.append(record)
+            if not args.profile:
+                append(args.results, record)
+            figures = [record.get(key) for key in ("sps", "sps_rollout", "sps_update", "compile_seconds")]
+            line = table_line(record["agent"], record["mode"], record["num_envs"], record["repeat"] + 1, *figures)
+            tqdm.write(line if "failed" not in record else f"{line}  failed: {record['failed']}")
+            if "trace" in record:
+                tqdm.write(f"{Path(record['trace']).with_suffix('.txt').read_text()}\n{record['trace']}\n")
+    except KeyboardInterrupt:
+        interrupted = True
+        print("interrupted", file=sys.stderr)
+    if records and not args.profile:
+        print(f"\n{report.full_table(report.summarise(records))}\n\nadded to {args.results}: {len(records)} runs")
+    return 130 if interrupted else int(any("failed" in record for record in records))
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))

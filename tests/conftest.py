@@ -1,0 +1,240 @@
+"""Helpers that the tests share: which agents there are, how to run one, how to make any of them tiny."""
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = sorted(path.stem for path in (ROOT / "agents").glob("*.py"))
+
+# Smallest value of each setting that still exercises it; an agent gets those that its Args has.
+SMALL = {
+    "num_envs": 4, "num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "eval_episodes": 2, "torch_threads": 1,
+    "env_threads": 1, "learning_rate": 0.01, "buffer_size": 1024, "batch_size": 16, "learning_starts": 64,
+}  # fmt: skip
+SMALL_ATARI = {"env_id": "Breakout-v5", "num_envs": 2, "frame_skip": 16, "update_epochs": 1, "learning_rate": 0.001}
+KEPT = {"config.json", "checkpoint.pt", "summary.json"}  # beside the event file and the copy of the script
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skip what needs a GPU on a machine without one, and what is slow unless it is asked for."""
+    slow = config.getoption("--slow") or "slow" in config.getoption("markexpr")
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("slow") and not slow:
+            item.add_marker(pytest.mark.skip(reason="slow: ask for it with --slow or -m slow"))
+
+
+# ---- agents ----------------------------------------------------------------------------------------------------------
+
+
+def script(agent: str) -> Path:
+    """The file of an agent."""
+    return ROOT / "agents" / f"{agent}.py"
+
+
+@functools.cache
+def agent_named(agent: str):
+    """An agent's file as a module, imported by its path."""
+    spec = importlib.util.spec_from_file_location(agent, script(agent))
+    module = sys.modules[agent] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+AGENTS = [agent_named(name) for name in NAMES]
+
+
+def agents_with(*names: str) -> list:
+    """Parameters for the agents that have all these top-level names."""
+    chosen = [module for module in AGENTS if all(hasattr(module, name) for name in names)]
+    return [pytest.param(module, id=module.__name__) for module in chosen]
+
+
+def settings(agent: str) -> set[str]:
+    """Names of the settings that the agent's command line has."""
+    return {field.name for field in fields(agent_named(agent).Args)}
+
+
+def flags(**values) -> list[str]:
+    """Command line flags: run_dir="x", video=True, anneal_lr=False -> --run-dir x --video --no-anneal-lr."""
+    argv = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        argv += [f"--{flag}"] if value is True else [f"--no-{flag}"] if value is False else [f"--{flag}", str(value)]
+    return argv
+
+
+def tiny(agent: str, **changes) -> list[str]:
+    """Flags that make any agent small: four updates' worth of steps and a remainder, on the CPU, in eager mode."""
+    small = SMALL | (SMALL_ATARI if "atari" in agent else {})
+    small = {name: value for name, value in small.items() if name in settings(agent)} | {"device": "cpu"} | changes
+    if "num_steps" in small:
+        steps = 4 * max(1, small["num_envs"]) * max(1, small["num_steps"]) + 3
+    else:
+        steps = small.get("learning_starts", 0) + 64 * max(1, small["num_envs"]) + 3
+    return flags(**{"total_timesteps": steps, "mode": "eager"} | small)
+
+
+def whole_steps(agent: str, argv: list[str]) -> int:
+    """The environment steps that a run of these flags takes: total_timesteps, rounded down to whole iterations."""
+    args = agent_named(agent).parse_args(argv)
+    iteration = args.num_envs * getattr(args, "num_steps", 1)
+    return args.total_timesteps // iteration * iteration
+
+
+# ---- running one -----------------------------------------------------------------------------------------------------
+
+
+def strict_json(line: str):
+    """Parse JSON as the standard has it, without NaN and Infinity."""
+
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+@dataclass
+class Result:
+    """What a process ended with."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def messages(self) -> list[str]:
+        """Lines of stderr, less the progress bar, which draws itself over and over after a carriage return."""
+        lines = re.split("[\r\n]+", self.stderr)
+        return [line for line in lines if line.strip() and not line.rstrip().endswith("]")]
+
+
+def final_json(result: Result) -> dict:
+    """The summary in the last line of stdout."""
+    assert result.returncode == 0, result.stderr
+    return strict_json(result.stdout.splitlines()[-1])
+
+
+def start_agent(agent: str, *argv, cwd: Path | None = None, **options) -> subprocess.Popen:
+    """Start an agent through its command line, as a user does."""
+    command = [sys.executable, str(script(agent)), *map(str, argv)]
+    return subprocess.Popen(
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", **options
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 300) -> Result:
+    """Wait for a started agent; one that hangs is ended and fails the test."""
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
+    return Result(process.returncode, stdout, stderr)
+
+
+def run_agent(agent: str, *argv, cwd: Path | None = None, **options) -> Result:
+    """Run an agent through its command line to its end."""
+    return finish(start_agent(agent, *argv, cwd=cwd, **options))
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capfd):
+    """Run an agent's file as `__main__` inside this process: the command line without seconds of imports.
+
+    An exception that a user would see as a traceback comes out as itself and fails the test.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(agent: str, *argv) -> Result:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [str(script(agent)), *map(str, argv)])
+        capfd.readouterr()
+        try:
+            with warnings.catch_warnings():  # as outside of pytest: shown on stderr
+                warnings.showwarning = lambda message, *_, **__: print(message, file=sys.stderr)
+                for category in (DeprecationWarning, PendingDeprecationWarning, ResourceWarning, ImportWarning):
+                    warnings.simplefilter("ignore", category)
+                runpy.run_path(str(script(agent)), run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return Result(status, *capfd.readouterr())
+
+    return call
+
+
+# ---- finished runs ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A finished run and how it was started."""
+
+    agent: str
+    argv: list[str]
+    path: Path
+    result: Result
+
+    def copy(self, path: Path) -> Path:
+        """A copy of the run folder, to be changed."""
+        shutil.copytree(self.path, path)
+        return path
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """runs(agent): a finished tiny run of it, made by one run of its command line for the whole session."""
+
+    @functools.cache
+    def make(agent: str) -> Run:
+        cwd, argv = tmp_path_factory.mktemp(agent), tiny(agent, seed=1, run_dir="run")
+        return Run(agent, argv, cwd / "run", run_agent(agent, *argv, cwd=cwd))
+
+    return make
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder with its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def read_checkpoint(run_dir: Path) -> dict:
+    """A run's checkpoint, checked to be loadable without running code from it, with finite weights."""
+    checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+    assert checkpoint["agent"] and all(x.isfinite().all() for x in checkpoint["agent"].values())
+    return checkpoint
+
+
+def same_weights(one: dict, other: dict) -> bool:
+    """Whether two checkpoints hold bit-equal networks."""
+    a, b = one["agent"], other["agent"]
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile can work here: it needs a C++ compiler, on a GPU as well."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None

@@ -1,0 +1,199 @@
+"""Every agent through its command line, in every mode the machine has: it trains, and leaves what it promises."""
+
+import io
+import json
+import math
+import os
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import (
+    KEPT,
+    NAMES,
+    agent_named,
+    contents,
+    final_json,
+    has_compiler,
+    read_checkpoint,
+    run_agent,
+    same_weights,
+    script,
+    strict_json,
+    tiny,
+    whole_steps,
+)
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+SUMMARY_KEYS = {
+    "agent", "env_id", "seed", "device", "mode", "torch", "num_envs", "global_step", "wall_seconds", "compile_seconds",
+    "sps", "sps_rollout", "sps_update", "train_return_mean", "eval_return_mean", "eval_return_std", "eval_episodes",
+    "run_dir",
+}  # fmt: skip
+each_agent = pytest.mark.parametrize("agent", NAMES)
+
+
+def check_run(agent, argv, cwd, result, device, mode):
+    """What every finished run must have left, however it was run."""
+    summary = final_json(result)
+    assert len(result.stdout.splitlines()) == 1, "stdout holds more than the summary"
+    run_dir = cwd / summary["run_dir"]
+    assert summary == strict_json((run_dir / "summary.json").read_text())
+    assert summary.keys() >= SUMMARY_KEYS
+    steps, args = whole_steps(agent, argv), agent_named(agent).parse_args(argv)
+    expected = {"agent": agent, "device": device, "mode": mode, "torch": torch.__version__, "global_step": steps}
+    expected |= {name: getattr(args, name) for name in ("env_id", "seed", "num_envs", "eval_episodes")}
+    assert {name: summary[name] for name in expected} == expected
+    for name in ("wall_seconds", "sps", "sps_rollout", "sps_update"):
+        assert 0 < summary[name] < math.inf, name
+    assert 1 / summary["sps"] >= 0.9 * (1 / summary["sps_rollout"] + 1 / summary["sps_update"])  # parts of the whole
+    assert 0 <= summary["compile_seconds"] < summary["wall_seconds"]
+    assert math.isfinite(summary["eval_return_mean"]) and summary["eval_return_std"] >= 0
+    assert math.isfinite(summary["train_return_mean"])  # the settings are such that a game ends in training
+    assert read_checkpoint(run_dir)["global_step"] == steps
+    return summary, run_dir
+
+
+@pytest.fixture(scope="module")
+def again(runs, tmp_path_factory):
+    """again(agent): the same settings as runs(agent), called as a function in this process, and films an episode.
+
+    Returns the summary, the folder and every checkpoint that was written on the way.
+    """
+    done = {}
+
+    def make(agent, seed=1):
+        if (agent, seed) in done:
+            return done[agent, seed]
+        module, written, save = agent_named(agent), [], torch.save
+        folder = tmp_path_factory.mktemp(agent) / "run"
+
+        def record(state, file):
+            save(state, content := io.BytesIO())
+            written.append(torch.load(io.BytesIO(content.getvalue()), weights_only=True))
+            return save(state, file)
+
+        argv = [*runs(agent).argv, "--run-dir", str(folder), "--seed", str(seed), "--checkpoint-minutes", "0"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "save", record)
+            summary = module.main(module.parse_args([*argv, "--video"]))
+        done[agent, seed] = summary, folder, written
+        return done[agent, seed]
+
+    return make
+
+
+@each_agent
+def test_trains_eagerly(agent, runs):
+    """An agent runs from start to end, and its summary is complete and true."""
+    done = runs(agent)
+    check_run(agent, done.argv, done.path.parent, done.result, "cpu", "eager")
+
+
+@each_agent
+def test_leaves_its_files(agent, runs):
+    """A run folder holds what is promised, no more, and the settings in it are those of the run."""
+    done = runs(agent)
+    names = {path.name for path in done.path.iterdir()}
+    events = {name for name in names if name.startswith("events.out.tfevents.")}
+    assert len(events) == 1 and names == KEPT | {f"{agent}.py"} | events
+    assert (done.path / f"{agent}.py").read_bytes() == script(agent).read_bytes()
+    config = json.loads((done.path / "config.json").read_text())
+    assert config == {"agent": agent, "args": asdict(agent_named(agent).parse_args(done.argv))}
+
+
+@each_agent
+def test_logs_curves(agent, runs):
+    """TensorBoard finds the curves under CleanRL's names, with finite values, up to the last step."""
+    done = runs(agent)
+    events = EventAccumulator(str(done.path))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert tags >= {"charts/SPS", "charts/episodic_return"} and any(tag.startswith("losses/") for tag in tags)
+    if agent.startswith("ppo"):
+        assert tags >= {"losses/policy_loss", "losses/value_loss", "losses/entropy", "charts/learning_rate"}
+    for tag in tags:
+        steps = [point.step for point in events.Scalars(tag)]
+        assert steps == sorted(set(steps)) and all(math.isfinite(point.value) for point in events.Scalars(tag))
+    assert events.Scalars("charts/SPS")[-1].step == final_json(done.result)["global_step"]
+    assert len(events.Scalars("charts/SPS")) >= 2
+
+
+@each_agent
+def test_weights_move_and_seed_decides(agent, runs, again):
+    """Training moves every parameter; the same seed gives the same bits, in another process too, another does not."""
+    summary, folder, written = again(agent)
+    first, final = written[0], read_checkpoint(folder)
+    assert first["global_step"] == 0 and len(written) >= 3  # a first, one after every update
+    assert first["agent"].keys() == final["agent"].keys()
+    assert [key for key in first["agent"] if torch.equal(first["agent"][key], final["agent"][key])] == []
+
+    done = runs(agent)
+    assert same_weights(final, read_checkpoint(done.path))
+    for name in ("train_return_mean", "eval_return_mean", "eval_return_std"):
+        assert summary[name] == final_json(done.result)[name], name
+    other_summary, other, other_written = again(agent, seed=2)
+    assert not same_weights(other_written[0], first) and not same_weights(read_checkpoint(other), final)
+    assert other_summary["seed"] == 2
+
+
+@each_agent
+def test_films_an_episode(agent, again):
+    """--video leaves an animated picture that moves."""
+    _, folder, _ = again(agent)
+    with Image.open(folder / "episode.gif") as film:
+        assert film.format == "GIF" and film.is_animated and film.n_frames > 1
+        first = film.convert("RGB").tobytes()
+        film.seek(film.n_frames - 1)
+        assert film.convert("RGB").tobytes() != first
+    assert not list(folder.glob("*.tmp"))
+
+
+@each_agent
+def test_evaluates_a_run(agent, runs, cli, tmp_path):
+    """--evaluate scores the trained weights as the run itself did, every time the same, and changes no file."""
+    done = runs(agent)
+    before, modified = contents(done.path), {path: path.stat().st_mtime_ns for path in done.path.iterdir()}
+    argv = ["--evaluate", str(done.path)]
+    result = run_agent(agent, *argv, cwd=tmp_path)
+    assert len(result.stdout.splitlines()) == 1
+    trained, first, second = final_json(done.result), final_json(result), final_json(cli(agent, *argv))
+    for name in ("agent", "env_id", "seed", "global_step", "eval_episodes", "eval_return_mean", "eval_return_std"):
+        assert trained[name] == first[name] == second[name], name
+    assert contents(done.path) == before and not list(tmp_path.iterdir())
+    assert {path: path.stat().st_mtime_ns for path in done.path.iterdir()} == modified
+
+    # the score is that of the weights in the checkpoint: with others it is another
+    broken = done.copy(tmp_path / "run")
+    checkpoint = read_checkpoint(broken)
+    for weights in checkpoint["agent"].values():
+        weights.zero_()
+        if weights.dim() == 1 and weights.numel() > 1:
+            weights[0] = 100  # a policy that always takes its first action
+    torch.save(checkpoint, broken / "checkpoint.pt")
+    other = final_json(cli(agent, "--evaluate", broken, "--eval-episodes", 3))
+    assert other["eval_episodes"] == 3 and other["eval_return_mean"] != first["eval_return_mean"]
+
+
+@each_agent
+@pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
+def test_trains_compiled(agent, tmp_path):
+    """The compiled mode of the CPU runs from start to end, does compile, and its compilation is counted apart."""
+    argv, cache = tiny(agent, mode="compile", eval_episodes=1, run_dir="run"), tmp_path / "cache"
+    result = run_agent(agent, *argv, cwd=tmp_path, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)})
+    summary, _ = check_run(agent, argv, tmp_path, result, "cpu", "compile")
+    assert list(cache.rglob("*.so")), "nothing was compiled"
+    assert summary["compile_seconds"] > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["auto", "eager", "compile", "cudagraphs", "compile-cudagraphs"])
+@each_agent
+def test_trains_on_gpu(agent, mode, tmp_path):
+    """Every mode of a CUDA device runs from start to end, and auto is one of them."""
+    argv = tiny(agent, mode=mode, device="cuda", run_dir="run")
+    result = run_agent(agent, *argv, cwd=tmp_path)
+    expected = final_json(result)["mode"] if mode == "auto" else mode
+    check_run(agent, argv, tmp_path, result, "cuda:0", expected)
+    assert expected in ("eager", "compile", "cudagraphs", "compile-cudagraphs")
