@@ -25,7 +25,9 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -174,7 +176,8 @@ class EnvPool:
 
 def make_envs(args: Args, num_envs: int, seed: int, render: bool = False) -> EnvPool:
     """Atari games: the last four grey pictures of each, [num_envs, 4, 84, 84] uint8; env i has seed + i."""
-    if tuple(envpool.make_spec(args.env_id).observation_space.shape) != (4, 84, 84):
+    warnings.filterwarnings("ignore", ".*precision lowered by casting")  # gymnasium on envpool's float64 bounds
+    if envpool.make_spec(args.env_id).observation_space.shape != (4, 84, 84):
         fail(f"--env-id {args.env_id}: this agent plays Atari games, for example Pong-v5")
     threads = min(num_envs, args.env_threads or cpu_cores())
     extra = {"render_mode": "rgb_array"} if render else {}
@@ -389,9 +392,11 @@ def evaluate(agent: Agent, envs, episodes: int, generator: torch.Generator, stop
     share = np.array([episodes // envs.num_envs + (n < episodes % envs.num_envs) for n in range(envs.num_envs)])
     running, returns = np.zeros(envs.num_envs), []
     obs, _ = envs.reset()
-    while share.any() and not stop:
+    while share.any():
         if frames is not None:
             frames.append(envs.render()[0])
+        if stop:
+            break
         logits = agent.policy(torch.from_numpy(obs).to(generator.device))
         noise = torch.empty_like(logits).exponential_(generator=generator).log_()
         obs, *results = envs.step((logits - noise).argmax(-1).to("cpu", torch.int32).numpy())
@@ -474,7 +479,7 @@ def accelerate(mode: str, agent: Agent, optimizer, rollout: Rollout, args: Args,
 
 def fail(message: str, status: int = 2):
     """End the process with one sentence on stderr: status 2 for bad input, 1 for a failure while running."""
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # which first clears a progress bar away
     sys.exit(status)
 
 
@@ -504,6 +509,10 @@ def check_args(args: Args) -> tuple[torch.device, str]:
     for name, (low, high) in LIMITS.items():
         if not low <= getattr(args, name) <= high:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie between {low} and {high}")
+    if args.resume and args.evaluate:
+        fail("--evaluate: cannot be combined with --resume")
+    if args.resume and args.run_dir not in (None, args.resume):
+        fail(f"--run-dir {args.run_dir}: a run that goes on by --resume stays in its folder")
     if args.batch_size % args.num_minibatches:
         fail(f"--num-minibatches {args.num_minibatches}: does not divide num_envs x num_steps = {args.batch_size}")
     if args.total_timesteps < args.batch_size:
@@ -541,17 +550,18 @@ def write_json(path: Path, content: dict) -> None:
     write_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def load_checkpoint(run_dir: Path, device: torch.device) -> dict:
-    """Read a run's checkpoint.pt onto the device."""
+def load_checkpoint(run_dir: Path, flag: str, device: torch.device) -> dict:
+    """Read a run's checkpoint.pt onto the device; `flag` is the one that asked for it."""
     try:
-        return torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
+        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
+        return checkpoint | {"global_step": int(checkpoint["global_step"]), "returns": list(checkpoint["returns"])}
     except FileNotFoundError:
-        fail(f"{run_dir}: that run ended before its first checkpoint; start it again")
-    except Exception as error:  # torch.load raises whatever the bytes lead it into
-        fail(f"{run_dir}: its checkpoint.pt is damaged or no checkpoint ({str(error).splitlines()[0]})")
+        fail(f"{flag} {run_dir}: that run ended before its first checkpoint")
+    except Exception:  # torch.load raises whatever the bytes lead it into
+        fail(f"{flag} {run_dir}: its checkpoint.pt is damaged, or not a checkpoint")
 
 
-def restore(checkpoint: dict, agent: nn.Module, optimizer, generator: torch.Generator) -> None:
+def restore(checkpoint: dict, flag: str, agent: nn.Module, optimizer, generator: torch.Generator) -> None:
     """Put parameters, optimizer state and the random number generator back to where a checkpoint left them."""
     try:
         agent.load_state_dict(checkpoint["agent"])
@@ -560,8 +570,9 @@ def restore(checkpoint: dict, agent: nn.Module, optimizer, generator: torch.Gene
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["device"] == generator.device.type:
             generator.set_state(checkpoint["generator"].cpu())
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        fail(f"the checkpoint is not one of this agent on this environment ({str(error).splitlines()[0]})")
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        fail(f"{flag}: the checkpoint there is not one of this agent on this environment ({reason})")
 
 
 def final_score(args: Args, agent: Agent, device: torch.device, run_dir: Path, stop=()) -> dict:
@@ -571,7 +582,7 @@ def final_score(args: Args, agent: Agent, device: torch.device, run_dir: Path, s
     if args.eval_episodes:
         envs = make_envs(args, min(args.eval_episodes, 32), seed)
         scores = evaluate(agent, envs, args.eval_episodes, generator, stop)
-    if args.video:
+    if args.video and not stop:
         evaluate(agent, make_envs(args, 1, seed + 1_000, render=True), 1, generator, stop, frames := [])
         first, *others = map(Image.fromarray, frames)
         first.save(gif := io.BytesIO(), "GIF", save_all=True, append_images=others, duration=50, loop=0)
@@ -602,15 +613,19 @@ def main(args: Args, stop=()) -> dict:
     torch.set_float32_matmul_precision("highest" if args.precision == "fp32" or device.type == "cpu" else "high")
     bf16_cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     bf16 = args.precision == "bf16" or (args.precision == "auto" and bf16_cpu)
-    checkpoint = load_checkpoint(run_dir, device) if saved_dir else {"global_step": 0, "wall_seconds": 0, "returns": []}
+    flag = "--evaluate" if args.evaluate else "--resume"
+    checkpoint = {"global_step": 0, "wall_seconds": 0.0, "returns": []}
+    saved = args.evaluate or (args.resume and (run_dir / "checkpoint.pt").exists())  # else killed before the first one
+    if saved:
+        checkpoint = load_checkpoint(run_dir, flag, device)
     global_step, returns = checkpoint["global_step"], deque(checkpoint["returns"], maxlen=100)
     env_seed = (args.seed * 10_000 + global_step) % 2**30  # far from other seeds' environments, and new after a resume
     envs = make_envs(args, 1 if args.evaluate else args.num_envs, env_seed)
     agent = Agent(int(envs.single_action_space.n), bf16).to(device, memory_format=torch.channels_last)
     lr = torch.tensor(args.learning_rate, device=device)
     optimizer = torch.optim.Adam(agent.parameters(), lr, eps=1e-5, fused=True, capturable=device.type == "cuda")
-    if saved_dir:
-        restore(checkpoint, agent, optimizer, generator)
+    if saved:
+        restore(checkpoint, f"{flag} {run_dir}", agent, optimizer, generator)
         lr = optimizer.param_groups[0]["lr"]
     summary = {"agent": agent_name, "env_id": args.env_id, "seed": args.seed, "device": str(device), "mode": mode}
     summary |= {"torch": torch.__version__, "num_envs": args.num_envs, "global_step": global_step}
@@ -626,7 +641,10 @@ def main(args: Args, stop=()) -> dict:
         torch.save(state | {"global_step": global_step, "wall_seconds": wall_seconds()}, content := io.BytesIO())
         write_file(run_dir / "checkpoint.pt", content.getvalue())
 
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--run-dir {run_dir}: cannot be made ({error.strerror})")
     write_json(run_dir / "config.json", {"agent": agent_name, "args": asdict(args)})
     write_file(run_dir / Path(__file__).name, Path(__file__).read_bytes())
     save()
@@ -651,7 +669,7 @@ def main(args: Args, stop=()) -> dict:
     host_obs[:], _ = envs.reset()
     dones = np.zeros(args.num_envs, dtype=bool)
     running, finished = np.zeros((2, args.num_envs)), []  # returns and lengths of games under way; those of ended ones
-    first, last = global_step // args.batch_size + 1, args.num_iterations
+    first, last = math.ceil(global_step / args.batch_size) + 1, args.num_iterations
     log_every, saved_at = max(1, last // 1000), time.perf_counter()
     speeds = dict.fromkeys(("sps", "sps_rollout", "sps_update"))
     for iteration in range(first, last + 1):
@@ -705,8 +723,12 @@ def main(args: Args, stop=()) -> dict:
                 returns.extend(episode_return for episode_return, _ in finished)
                 finished.clear()
                 progress.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
-            for tag, value in scalars.items():
-                writer.add_scalar(tag, value, global_step)
+            try:
+                for tag, value in scalars.items():
+                    writer.add_scalar(tag, value, global_step)
+            except OSError as error:  # from its thread, which could not write what it was given before
+                save()
+                fail(f"cannot write the curves in {run_dir}: {error.strerror}", status=1)
         if saving:
             save()
             saved_at = time.perf_counter()
@@ -725,6 +747,7 @@ def main(args: Args, stop=()) -> dict:
 
 
 if __name__ == "__main__":
+    threading.excepthook = lambda _: None  # TensorBoard's thread has its failure told by the next add_scalar
     signals = []  # the first one ends the loop in order, a second one the process
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number) or signal.signal(number, signal.SIG_DFL))

@@ -142,11 +142,26 @@ def test_refuses_a_foreign_config(agent, config, flag, cli, tmp_path):
     assert contents(tmp_path) == before
 
 
+@each_agent
+def test_refuses_to_evaluate_before_the_first_checkpoint(agent, runs, cli, tmp_path):
+    """There is nothing to evaluate in a run that was killed at its very start."""
+    run_dir = runs(agent).copy(tmp_path / "run")
+    (run_dir / "checkpoint.pt").unlink()
+    check_failure(cli(agent, "--evaluate", "run"), "--evaluate run")
+
+
+@each_agent
+def test_resuming_stays_in_its_folder(agent, runs, cli, tmp_path):
+    """--resume with another --run-dir, or with --evaluate, is refused and not half obeyed."""
+    runs(agent).copy(tmp_path / "run")
+    check_failure(cli(agent, "--resume", "run", "--run-dir", "other"), "--run-dir other")
+    check_failure(cli(agent, "--resume", "run", "--evaluate", "run"), "--evaluate")
+
+
 DAMAGE = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "random bytes": lambda path: path.write_bytes(bytes(range(256)) * 64),
     "empty": lambda path: path.write_bytes(b""),
-    "missing": lambda path: path.unlink(),
     "only a network": lambda path: torch.save(torch.load(path, weights_only=True)["agent"], path),
     "no dictionary": lambda path: torch.save([1, 2, 3], path),
     "no counters": lambda path: torch.save({"agent": {}, "optimizer": {}}, path),
@@ -302,16 +317,15 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.parametrize("files", [0, 2, 3, 5])
 def test_kill_9_while_a_file_is_written(files, cli, tmp_path):
-    """Half a file is never taken for the whole: there is the one before, or none and a sentence that says so."""
+    """Half a file is never taken for the whole: there is the one before, or none, and a run goes on from either."""
     command = [sys.executable, "-c", CRASH, str(files), script("ppo"), *tiny("ppo"), *endless]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120)
     assert process.returncode == -signal.SIGKILL, process.stderr
     run_dir = tmp_path / "run"
-    if files >= 3:  # settings, script, first checkpoint
-        assert (steps_saved(run_dir) > 0) == (files > 3)
-        resume_to_end(cli, run_dir, steps_saved(run_dir))
+    assert steps_saved(run_dir) == {0: -1, 2: -1, 3: 0}.get(files, steps_saved(run_dir))
+    if files >= 2:  # settings and script are there: without a first checkpoint the run begins again
+        resume_to_end(cli, run_dir, max(0, steps_saved(run_dir)))
     else:
-        assert steps_saved(run_dir) == -1
         check_failure(cli("ppo", "--resume", "run"), "--resume", "run")
 
 
