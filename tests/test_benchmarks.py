@@ -93,7 +93,7 @@ def test_takes_turns_and_goes_on_after_a_failure(agent, results, capsys):
         assert {"commit", "dirty", "gpu", "gpu_count", "gpu_power_limit_watts", "driver"} <= record.keys()
     env_only, compiled, cold, _, warm = records
     assert compiled["failed"] == "--mode compile: no compiler here (exit status 2)" and "sps" not in compiled
-    assert 8 * 100 < env_only["sps"] < 8 * 1000 and "cache" not in env_only  # a step of all 8 takes over 1 ms
+    assert 0 < env_only["sps"] < 8 * 1000 and "cache" not in env_only  # a step of all 8 takes over 1 ms
     assert (cold["cache"], warm["cache"]) == ("cold", "warm")
     assert 1 < warm["host_memory_mib"] < 1000
     assert warm["global_step"] == 80 * (1 + 7)  # 0.5 s at 1000 SPS are 7 iterations of 8 x 10 steps, after the first
