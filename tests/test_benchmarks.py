@@ -89,7 +89,7 @@ def test_takes_turns_and_goes_on_after_a_failure(agent, results, capsys):
         assert (record["agent"], record["env_id"], record["frame_skip"], record["num_envs"]) == (
             "fake_agent", "Fake-v5", 4, 8)  # fmt: skip
         assert record["torch"] and record["envpool"] and record["cpu"] and record["cores"] >= 1
-        assert record["command"].startswith("python benchmarks/fps.py ") and record["date"] >= record["started"]
+        assert record["command"].startswith("python benchmarks/fps.py") and record["date"] >= record["started"]
         assert {"commit", "dirty", "gpu", "gpu_count", "gpu_power_limit_watts", "driver"} <= record.keys()
     env_only, compiled, cold, _, warm = records
     assert compiled["failed"] == "--mode compile: no compiler here (exit status 2)" and "sps" not in compiled
