@@ -52,7 +52,7 @@ class Args:
     # ---- Run ----
     seed: int = 1
     """seed of the network, the sampling noise and the environments"""
-    total_timesteps: int = 300_000
+    total_timesteps: int = 400_000
     """environment steps to train for, counted over all environments"""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda or cuda:N"""
