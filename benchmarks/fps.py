@@ -91,9 +91,7 @@ def env_only() -> None:
     Command line: AGENT SECONDS FLAGS, with the agent's own flags.
     """
     path, seconds, *flags = sys.argv[1:]
-    spec = importlib.util.spec_from_file_location("agent", path)
-    agent = sys.modules["agent"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(agent)
+    agent = load_agent(Path(path))
     args = agent.parse_args(flags)
 
     envs = agent.make_envs(args, args.num_envs, args.seed)
@@ -147,6 +145,14 @@ def profile() -> None:
     print(json.dumps({"trace": trace}))
 
 
+def load_agent(path: Path):
+    """An agent's file as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    agent = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(agent)
+    return agent
+
+
 def run_script(argv: list[str]) -> None:
     """Run `python SCRIPT FLAGS` in this process; a status other than 0 ends it."""
     sys.argv = argv
@@ -189,14 +195,18 @@ def run(function: str, *arguments, timeout: float, **env: str) -> dict:
         child.wait()
         raise
     if child.returncode:
-        said = [line.strip() for line in err.splitlines() if line.strip()] or ["no message"]
-        reason = next((line for line in said if line.startswith("error: ")), said[-1]).removeprefix("error: ")
-        code = child.returncode
-        raise RuntimeError(f"{reason[:200]} ({signal.Signals(-code).name if code < 0 else f'exit status {code}'})")
+        raise RuntimeError(reason(err, child.returncode))
     try:
         return {key: value for line in out.splitlines()[-2:] for key, value in json.loads(line).items()}
     except (ValueError, AttributeError):
         raise RuntimeError("the last line that it printed is not a summary in JSON") from None
+
+
+def reason(err: str, code: int) -> str:
+    """Why a process failed, in a sentence: its own "error: " or its last words on stderr, and how it ended."""
+    said = [line.strip() for line in err.splitlines() if line.strip()] or ["no message"]
+    words = next((line for line in said if line.startswith("error: ")), said[-1]).removeprefix("error: ")
+    return f"{words[:200]} ({signal.Signals(-code).name if code < 0 else f'exit status {code}'})"
 
 
 # ---- what to measure -------------------------------------------------------------------------------------------------
@@ -288,6 +298,7 @@ def describe_cpu() -> dict:
 
 def describe_code() -> dict:
     """The commit, whether what is measured differs from it (both None outside a checkout), and the versions."""
+
     def git(*words):
         done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
@@ -318,7 +329,7 @@ def append(path: Path, *records: dict) -> None:
             start = b"" if file.read() in (b"", b"\n") else b"\n"
             file.write(start + b"".join(json.dumps(record).encode() + b"\n" for record in records))
     except OSError as error:
-        fail(f"--results {path}: {error.strerror}", status=1)
+        fail(f"cannot write {path}: {error.strerror}", status=1)
 
 
 def table_line(*cells) -> str:
