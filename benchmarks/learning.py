@@ -9,8 +9,8 @@
 Every run goes through the agent's command line and ends up as one line of JSON in benchmarks/learning/AGENT.jsonl: its
 settings, code, machine, final score and curve. What was measured is kept when this is interrupted; started again, it
 leaves out what is finished, goes on with what is not, and tries again what failed. A run is the same as another if
-agent, environment, seed, settings and kind of device are, whatever the code was: to measure a new version, remove the
-lines of the old one. If there are two lines for the same run, the later one counts.
+agent, environment, seed, settings, mode and kind of device are, whatever the code was: to measure a new version, remove
+the lines of the old one. If there are two lines for the same run, the later one counts.
 
 Tables go between the markers `<!-- learning:begin -->` and `<!-- learning:end -->` of README.md and
 benchmarks/README.md, curves into benchmarks/plots/; published.json has what they are compared with.
@@ -18,6 +18,7 @@ benchmarks/README.md, curves into benchmarks/plots/; published.json has what the
 
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -125,25 +126,29 @@ def flags(settings: dict) -> list[str]:
 
 
 def find_code(script: Path) -> dict:
-    """The commit that has this agent's file; HEAD and dirty if none has, None of both outside a checkout."""
+    """The first commit that has this agent's file; HEAD and dirty if none has, None of both outside a checkout."""
 
     def git(*words):
         done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
         return done.stdout.split() if done.returncode == 0 else []
 
-    name = f"agents/{script.name}"
     head, blob = git("rev-parse", "HEAD"), git("hash-object", script.absolute())
     if not head or not blob:
         return {"commit": None, "dirty": None}
-    # where it is not the newest, the first of the commits that brought or removed it
-    known = head if git("rev-parse", f"HEAD:{name}") == blob else git("log", "--format=%H", "--find-object", *blob)[-1:]
-    return {"commit": (known or head)[0], "dirty": not known}
+    # commits that brought or removed the file, newest first; -m because a merge can bring one that no parent has
+    known = git("log", "-m", "--format=%H", "--find-object", *blob, "--", f"agents/{script.name}")
+    return {"commit": known[-1] if known else head[0], "dirty": not known}
+
+
+def settings_of(record: dict) -> dict:
+    """What a run's curve against steps depends on, seed and environment aside."""
+    return {name: value for name, value in record["args"].items() if name not in ("device", "mode")}
 
 
 def identity(record: dict) -> tuple:
-    """What makes two runs the same but for their seed: agent, environment, kind of device, settings."""
-    device = record["gpu"] if record["device"].startswith("cuda") else "cpu"
-    return record["agent"], record["env_id"], device or "cuda", json.dumps(record["args"], sort_keys=True)
+    """What makes two runs the same but for their seed: agent, environment, kind of device, mode and settings."""
+    device = record["gpu"] or "cuda" if record["device"].startswith("cuda") else "cpu"
+    return record["agent"], record["env_id"], device, record["mode"], json.dumps(settings_of(record), sort_keys=True)
 
 
 def read_run(run_dir: Path) -> dict:
@@ -255,9 +260,9 @@ def plan(args: Args, finished: set) -> list[Job]:
             for env_id in args.env_ids or (agent.Args().env_id,):
                 argv = ["--env-id", env_id, "--seed", str(seed), *shlex.split(args.agent_flags)]
                 settings = agent.parse_args(argv)
-                device, _ = agent.check_args(settings)
-                about = {"agent": script.stem, "env_id": env_id, "seed": seed, "device": str(device), "gpu": gpu}
-                about |= {"args": changed_settings(agent, asdict(settings))}
+                device, mode = agent.check_args(settings)
+                about = {"agent": script.stem, "env_id": env_id, "seed": seed, "device": str(device), "mode": mode}
+                about |= {"gpu": gpu, "args": changed_settings(agent, asdict(settings))}
                 about |= {"note": args.note} if args.note else {}
                 digest = hashlib.sha256(repr(identity(about)).encode()).hexdigest()[:8]
                 run_dir = args.work_dir.absolute() / f"{env_id}__{script.stem}__{seed}__{digest}"
@@ -343,7 +348,7 @@ def read_results(folder: Path) -> list[dict]:
         for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
             try:
                 record = json.loads(line)
-                missing = {"agent", "env_id", "seed", "args", "device", "gpu", "cpu", "cores", "date"} - record.keys()
+                missing = {*"agent env_id seed args device mode gpu cpu cores date".split()} - record.keys()
                 missing |= set() if "failed" in record else {"global_step", "curve", "wall_seconds"} - record.keys()
             except (ValueError, AttributeError):
                 fail(f"{path}, line {number}: is not a record in JSON: {line[:60]!r}")
@@ -424,9 +429,10 @@ def summarise(records: list[dict], published: dict) -> list[dict]:
     for key in sorted(groups, key=lambda key: (key[1], key[0], *key[2:])):
         runs = [run for run in groups[key] if "failed" not in run]
         name = base_name(key[1])
-        row = {"agent": key[0], "env_id": key[1], "flags": shlex.join(flags(groups[key][0]["args"])), "runs": runs}
+        row = {"agent": key[0], "env_id": key[1], "flags": shlex.join(flags(settings_of(groups[key][0]))), "runs": runs}
         row |= {"failed": [run["seed"] for run in groups[key] if "failed" in run]}
-        row |= {"machine": " or ".join(sorted({report.machine(run) for run in runs or groups[key]}))}
+        machines = sorted({report.machine(run) for run in runs or groups[key]})
+        row |= {"machine": f"{' or '.join(machines)}, {key[3]}"}
         row |= {"source": ", ".join(sorted({source(run) for run in groups[key]}))}
         row |= {"curves": [run["curve"] for run in runs if run["curve"]["global_step"]]}
         of_env = [figure for figure in published["figures"] if base_name(figure["env_id"]) == name]
@@ -505,7 +511,7 @@ def published_figure(figure: dict) -> str:
 def table(rows: list[dict], full: bool = False) -> str:
     """A line per environment, agent and settings, beside what others publish of the same; `full` with every seed."""
     header = ["Environment", "Agent", "Steps", "Seeds", "Evaluation: IQM (95 % interval)", "Last 100 training games",
-              "Published", "Wall-clock", "Time to score", "Machine"]  # fmt: skip
+              "Published", "Wall-clock", "Time to score", "Machine, mode"]  # fmt: skip
     cells = []
     for row in rows:
         walls = figures(row, "wall_seconds")
@@ -527,6 +533,7 @@ def table(rows: list[dict], full: bool = False) -> str:
 def plot_curves(rows: list[dict]):
     """Curves of all agents on one environment, against steps and against time: IQM of the seeds, band, each seed."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure((11, 4.2), layout="constrained", dpi=90)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -541,18 +548,17 @@ def plot_curves(rows: list[dict]):
             axis.plot(places / unit, iqm(returns.T), color=color, linewidth=2, label=label)
             if len(returns) > 1:
                 axis.fill_between(places / unit, *interval(returns[None]), color=color, alpha=0.2, linewidth=0)
-        for published in row["published"]:
-            left.axhline(published["mean"], color=color, linestyle=":", linewidth=1)
-            text = f"{published['source']} at {published['steps'] / 1e6:g}M steps"
-            left.annotate(text, (1, published["mean"]), (-2, 2), xycoords=("axes fraction", "data"), fontsize=7,
-                          textcoords="offset points", ha="right", color=color)  # fmt: skip
+        for published, style in zip(row["published"], itertools.cycle((":", "--", "-."))):
+            left.axhline(
+                published["mean"], color=color, linestyle=style, linewidth=1, label=published_figure(published)
+            )
     left.set(title=rows[0]["env_id"], xlabel="environment steps", ylabel="return of training games")
     right.set(title=rows[0]["env_id"], xlabel=f"wall-clock {time_unit(rows)[0]}")
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlim(left=0)
-    left.xaxis.set_major_formatter("{x:,.0f}")
+    left.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 1.5M
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=8)
     return figure
 
@@ -582,7 +588,7 @@ def readme_block(rows: list[dict]) -> str:
 def benchmarks_block(rows: list[dict], names: dict[str, str]) -> str:
     """What goes between the markers of benchmarks/README.md; `names` are the pictures' by environment."""
     caption = """Curves: thick the IQM of the seeds with its 95 % interval, thin each seed, smoothed over the last
-5 % of the run's steps; dotted the published means, where ours are compared with any."""
+5 % of the run's steps; across, without a curve, the published means that the table compares with."""
     pictures = [f"![Learning curves on {env_id}](plots/{name})" for env_id, name in names.items()]
     return "\n\n".join([NOTE, table(rows, full=True), *([caption] if pictures else []), *pictures])
 

@@ -56,8 +56,8 @@ if __name__ == "__main__":
     (folder / "fake_agent.py").write_bytes(Path(__file__).read_bytes())
     with open(Path(__file__).with_name("calls"), "a") as calls:
         print(args.env_id, args.seed, "resumed" if args.resume else "begun", file=calls)
-    summary = {"agent": "fake_agent", "env_id": args.env_id, "seed": args.seed, "device": "cpu", "global_step": 40,
-               "wall_seconds": 8.0, "eval_return_mean": 10.0 * args.seed, "stopped_by": None}
+    summary = {"agent": "fake_agent", "env_id": args.env_id, "seed": args.seed, "device": "cpu", "mode": "eager",
+               "global_step": 40, "wall_seconds": 8.0, "eval_return_mean": 10.0 * args.seed, "stopped_by": None}
     if args.env_id == "Fails-v1":
         sys.exit("error: the loss is not finite any more")
     if args.env_id == "Hangs-v1" and not args.resume:
@@ -138,14 +138,13 @@ def test_finished_runs_are_left_out_and_failed_ones_tried_again(agent, project, 
     assert calls.read_text().splitlines() == ["Fake-v1 1 begun", "Fake-v1 2 begun"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_keeps_its_runs_and_goes_on(agent, project, number):
+def test_interrupted_keeps_its_runs_and_goes_on(agent, project):
     command = [sys.executable, ROOT / "benchmarks/learning.py", "--agents", agent, "--env-ids", "Fake-v1", "Hangs-v1"]
     command += ["--seeds", "1", "--root", project, "--work-dir", project.parent / "work"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not agent.with_name("hangs").exists():
         time.sleep(0.02)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err, err
     results = project / "benchmarks/learning/fake_agent.jsonl"
@@ -271,12 +270,10 @@ def test_code_is_found_in_the_history(tmp_path):
     commits = git("log", "--format=%H", "--", "agents/ppo.py").split()
     if not commits:
         pytest.skip("no history here")
-    assert learning.find_code(ROOT / "agents/ppo.py")["dirty"] == bool(git("status", "--porcelain", "agents/ppo.py"))
     (tmp_path / "ppo.py").write_text(git("show", f"{commits[-1]}:agents/ppo.py"))
-    if len(commits) > 1:
-        assert learning.find_code(tmp_path / "ppo.py") == {"commit": commits[-1], "dirty": False}
+    assert learning.find_code(tmp_path / "ppo.py") == {"commit": commits[-1], "dirty": False}
     (tmp_path / "ppo.py").write_text("another")
-    assert learning.find_code(tmp_path / "ppo.py")["dirty"] is True
+    assert learning.find_code(tmp_path / "ppo.py") == {"commit": git("rev-parse", "HEAD").strip(), "dirty": True}
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -324,7 +321,7 @@ def record(seed, evaluation, trained, wall, **changes):
     curve = {"global_step": [*range(100, 2100, 100)], "wall_seconds": [wall / 20 * i for i in range(1, 21)],
              "episodic_return": [trained * i / 20 for i in range(1, 21)]}  # fmt: skip
     values = {"agent": "ppo", "env_id": "Pong-v5", "seed": seed, "args": {}, "device": "cpu", "gpu": None}
-    values |= {"gpu_power_limit_watts": None, "cpu": "AMD EPYC 7763 64-Core Processor", "cores": 2}
+    values |= {"gpu_power_limit_watts": None, "cpu": "AMD EPYC 7763 64-Core Processor", "cores": 2, "mode": "eager"}
     values |= {"commit": "0123456789", "dirty": False, "date": "2026-01-02T00:00:00+00:00", "stopped_by": None}
     values |= {"global_step": 2000, "eval_return_mean": evaluation, "train_return_mean": trained}
     values |= {"wall_seconds": wall, "curve": curve}
@@ -351,14 +348,15 @@ def test_table():
     on_gpu, on_cpu = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:])
     assert on_gpu == [
         "Pong-v5", "ppo --no-anneal-lr", "2,000 (1 stopped)", "1", "–", "5.00 ± 0.00", "20.36 ± 0.20 at 10M (A)",
-        "10.0 s", "– to 10 (0 of 1 seeds)", "NVIDIA H200 700 W + AMD EPYC 7763, 2 cores", "–", "2026-01-02 0123456",
+        "10.0 s", "– to 10 (0 of 1 seeds)", "NVIDIA H200 700 W + AMD EPYC 7763, 2 cores, eager", "–",
+        "2026-01-02 0123456",
     ]  # fmt: skip
     low, high = learning.interval(np.array([[1.0, 2, 3, 4, 5]]))
     assert on_cpu == [
         "Pong-v5", "ppo", "2,000", "5 (1 failed)", f"3.00 ({low:.2f} to {high:.2f})", "15.00 ± 7.07",
         "20.36 ± 0.20 at 10M (A)", "100.0 s",
         "70.0 s to 10 (4 of 5 seeds)",  # seed s scores s / 4 more every 5 s: 10 after 100, 70, 50 and 40 s, or never
-        "AMD EPYC 7763, 2 cores", "1: 1.00, 2: 2.00, 3: 3.00, 4: 4.00, 5: 5.00, 6: failed",
+        "AMD EPYC 7763, 2 cores, eager", "1: 1.00, 2: 2.00, 3: 3.00, 4: 4.00, 5: 5.00, 6: failed",
         "2026-01-02 0123456, 2026-01-02 abcdefa+",
     ]  # fmt: skip
 
