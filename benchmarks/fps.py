@@ -359,6 +359,8 @@ def take_turns(args: Args, plan: list, common: dict):
             agent, mode, num_envs = config
             known = facts.get((agent, num_envs), {"num_envs": num_envs})
             record = common | {"date": now(), "agent": agent.stem, "mode": mode, "repeat": repeat}
+            if not agent.is_relative_to(ROOT / "agents"):
+                record["dirty"] = True  # this file is in no commit
             record |= {key: known[key] for key in ("env_id", "frame_skip", "num_envs", "device") if key in known}
             cache, left = Path(scratch, str(number)), deadline - time.monotonic()
             try:
@@ -388,7 +390,8 @@ def main(args: Args) -> int:
     device = args.device if args.device != "auto" else "cuda" if machine["gpu"] else "cpu"
     plan = configurations(args, gpu=device.startswith("cuda"))
     common = {"started": now(), "command": shlex.join(["python", "benchmarks/fps.py", *sys.argv[1:]])}
-    common |= describe_code() | machine | {"device": device}
+    flags = re.sub(r"--env-id[= ]\S+", "", args.agent_flags)  # the environment is a field of its own
+    common |= describe_code() | machine | {"device": device, "agent_flags": " ".join(flags.split())}
     if args.profile:
         args = replace(args, repeats=1, seconds=0.1)  # speeds do not count: the profiler slows all down
         args.profile_dir.mkdir(parents=True, exist_ok=True)

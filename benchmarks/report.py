@@ -95,13 +95,14 @@ def machine(record: dict) -> str:
 
 
 def summarise(records: list[dict]) -> list[dict]:
-    """One row per machine, agent, environment, num_envs and mode, in this order, of its newest call of fps.py.
+    """One row per machine, agent, flags, environment, num_envs and mode, in this order, of its newest call of fps.py.
 
     Speeds are in steps per second, compile times in seconds, memory in MiB; None where nothing was measured.
     """
 
     def place(record):
-        where = machine(record), record["agent"], record.get("env_id") or "", record["num_envs"] or 0
+        flags = record.get("agent_flags", "")
+        where = machine(record), record["agent"], flags, record.get("env_id") or "", record["num_envs"] or 0
         return *where, MODES.index(record["mode"])
 
     groups = {}
@@ -127,10 +128,11 @@ def summarise_runs(runs: list[dict]) -> dict:
     def compile_seconds(cache):
         return [run["compile_seconds"] for run in runs if run.get("cache") == cache and "compile_seconds" in run]
 
-    shared = ("agent", "env_id", "frame_skip", "num_envs", "mode", "started", "commit", "dirty", "torch", "cuda",
+    row = {"agent": f"{runs[-1]['agent']} {runs[-1].get('agent_flags', '')}".strip()}
+    shared = ("env_id", "frame_skip", "num_envs", "mode", "started", "commit", "dirty", "torch", "cuda",
               "driver", "envpool")  # fmt: skip
     measured = ("sps", "sps_rollout", "sps_update", "host_memory_mib", "device_memory_mib")
-    row = {name: runs[-1].get(name) for name in shared} | {name: median(values(name) or [None]) for name in measured}
+    row |= {name: runs[-1].get(name) for name in shared} | {name: median(values(name) or [None]) for name in measured}
     if "compile" in row["mode"] or "graphs" in row["mode"]:
         row |= {cache: median(compile_seconds(cache) or [None]) for cache in ("cold", "warm")}
     speeds = values("sps")
