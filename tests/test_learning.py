@@ -150,6 +150,8 @@ def test_interrupted_keeps_its_runs_and_goes_on(agent, project):
     results = project / "benchmarks/learning/fake_agent.jsonl"
     assert [record["env_id"] for record in read_lines(results)] == ["Fake-v1"]
     assert "Fake-v1" in (project / "README.md").read_text()
+    (summary,) = (project.parent / "work").glob("Hangs-v1*/summary.json")
+    assert json.loads(summary.read_text())["stopped_by"] == "SIGTERM"  # it was asked to end, not killed
 
     agent.with_name("calls").unlink()
     assert learning.main(arguments(agent, project, env_ids=("Fake-v1", "Hangs-v1"), seeds=(1,))) == 0
