@@ -91,9 +91,7 @@ def env_only() -> None:
     Command line: AGENT SECONDS FLAGS, with the agent's own flags.
     """
     path, seconds, *flags = sys.argv[1:]
-    spec = importlib.util.spec_from_file_location("agent", path)
-    agent = sys.modules["agent"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(agent)
+    agent = load_agent(Path(path))
     args = agent.parse_args(flags)
 
     envs = agent.make_envs(args, args.num_envs, args.seed)
@@ -147,6 +145,14 @@ def profile() -> None:
     print(json.dumps({"trace": trace}))
 
 
+def load_agent(path: Path):
+    """An agent's file as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    agent = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(agent)
+    return agent
+
+
 def run_script(argv: list[str]) -> None:
     """Run `python SCRIPT FLAGS` in this process; a status other than 0 ends it."""
     sys.argv = argv
@@ -189,14 +195,18 @@ def run(function: str, *arguments, timeout: float, **env: str) -> dict:
         child.wait()
         raise
     if child.returncode:
-        said = [line.strip() for line in err.splitlines() if line.strip()] or ["no message"]
-        reason = next((line for line in said if line.startswith("error: ")), said[-1]).removeprefix("error: ")
-        code = child.returncode
-        raise RuntimeError(f"{reason[:200]} ({signal.Signals(-code).name if code < 0 else f'exit status {code}'})")
+        raise RuntimeError(reason(err, child.returncode))
     try:
         return {key: value for line in out.splitlines()[-2:] for key, value in json.loads(line).items()}
     except (ValueError, AttributeError):
         raise RuntimeError("the last line that it printed is not a summary in JSON") from None
+
+
+def reason(err: str, code: int) -> str:
+    """Why a process failed, in a sentence: its own "error: " or its last words on stderr, and how it ended."""
+    said = [line.strip() for line in err.splitlines() if line.strip()] or ["no message"]
+    words = next((line for line in said if line.startswith("error: ")), said[-1]).removeprefix("error: ")
+    return f"{words[:200]} ({signal.Signals(-code).name if code < 0 else f'exit status {code}'})"
 
 
 # ---- what to measure -------------------------------------------------------------------------------------------------
@@ -288,6 +298,7 @@ def describe_cpu() -> dict:
 
 def describe_code() -> dict:
     """The commit, whether what is measured differs from it (both None outside a checkout), and the versions."""
+
     def git(*words):
         done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
@@ -318,7 +329,7 @@ def append(path: Path, *records: dict) -> None:
             start = b"" if file.read() in (b"", b"\n") else b"\n"
             file.write(start + b"".join(json.dumps(record).encode() + b"\n" for record in records))
     except OSError as error:
-        fail(f"--results {path}: {error.strerror}", status=1)
+        fail(f"cannot write {path}: {error.strerror}", status=1)
 
 
 def table_line(*cells) -> str:
@@ -348,6 +359,8 @@ def take_turns(args: Args, plan: list, common: dict):
             agent, mode, num_envs = config
             known = facts.get((agent, num_envs), {"num_envs": num_envs})
             record = common | {"date": now(), "agent": agent.stem, "mode": mode, "repeat": repeat}
+            if not agent.is_relative_to(ROOT / "agents"):
+                record["dirty"] = True  # this file is in no commit
             record |= {key: known[key] for key in ("env_id", "frame_skip", "num_envs", "device") if key in known}
             cache, left = Path(scratch, str(number)), deadline - time.monotonic()
             try:
@@ -377,7 +390,8 @@ def main(args: Args) -> int:
     device = args.device if args.device != "auto" else "cuda" if machine["gpu"] else "cpu"
     plan = configurations(args, gpu=device.startswith("cuda"))
     common = {"started": now(), "command": shlex.join(["python", "benchmarks/fps.py", *sys.argv[1:]])}
-    common |= describe_code() | machine | {"device": device}
+    flags = re.sub(r"--env-id[= ]\S+", "", args.agent_flags)  # the environment is a field of its own
+    common |= describe_code() | machine | {"device": device, "agent_flags": " ".join(flags.split())}
     if args.profile:
         args = replace(args, repeats=1, seconds=0.1)  # speeds do not count: the profiler slows all down
         args.profile_dir.mkdir(parents=True, exist_ok=True)

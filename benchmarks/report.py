@@ -12,7 +12,9 @@ import io
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -28,12 +30,23 @@ SHARES = {"environments": "yellowgreen", "acting and copying": "skyblue", "learn
 REQUIRED = ("started", "agent", "mode", "num_envs", "device", "cpu", "cores", "gpu", "gpu_power_limit_watts")
 PAGE = f"""# Benchmarks
 
+## Speed
+
 How fast the agents run, on which machine, and how far that is from what the environments alone can do.
 `python benchmarks/fps.py --suite quick` measures a machine, `--suite gpu` one with a GPU; each run adds a line to
-[results.jsonl](results.jsonl), from which `python benchmarks/report.py` makes this page's tables and plots.
+[results.jsonl](results.jsonl), from which `python benchmarks/report.py` makes this section's tables and plots.
 
 {BEGIN}
 {END}
+
+## Learning
+
+What the agents score, after how many steps and how much time. `python benchmarks/learning.py --agents ppo` trains one
+with five seeds and fills this section; each run is a line of [learning/](learning). Speed records, and what did not
+make one: [RECORDS.md](RECORDS.md).
+
+<!-- learning:begin -->
+<!-- learning:end -->
 """
 
 
@@ -82,12 +95,14 @@ def machine(record: dict) -> str:
 
 
 def summarise(records: list[dict]) -> list[dict]:
-    """One row per machine, agent, environment, num_envs and mode, in this order, of its newest call of fps.py.
+    """One row per machine, agent, flags, environment, num_envs and mode, in this order, of its newest call of fps.py.
 
     Speeds are in steps per second, compile times in seconds, memory in MiB; None where nothing was measured.
     """
+
     def place(record):
-        where = machine(record), record["agent"], record.get("env_id") or "", record["num_envs"] or 0
+        flags = record.get("agent_flags", "")
+        where = machine(record), record["agent"], flags, record.get("env_id") or "", record["num_envs"] or 0
         return *where, MODES.index(record["mode"])
 
     groups = {}
@@ -106,16 +121,18 @@ def summarise(records: list[dict]) -> list[dict]:
 
 def summarise_runs(runs: list[dict]) -> dict:
     """The row of one configuration: what its runs share, and medians of what they measured."""
+
     def values(name):
         return [run[name] for run in runs if run.get(name) is not None]
 
     def compile_seconds(cache):
         return [run["compile_seconds"] for run in runs if run.get("cache") == cache and "compile_seconds" in run]
 
-    shared = ("agent", "env_id", "frame_skip", "num_envs", "mode", "started", "commit", "dirty", "torch", "cuda",
+    row = {"agent": f"{runs[-1]['agent']} {runs[-1].get('agent_flags', '')}".strip()}
+    shared = ("env_id", "frame_skip", "num_envs", "mode", "started", "commit", "dirty", "torch", "cuda",
               "driver", "envpool")  # fmt: skip
     measured = ("sps", "sps_rollout", "sps_update", "host_memory_mib", "device_memory_mib")
-    row = {name: runs[-1].get(name) for name in shared} | {name: median(values(name) or [None]) for name in measured}
+    row |= {name: runs[-1].get(name) for name in shared} | {name: median(values(name) or [None]) for name in measured}
     if "compile" in row["mode"] or "graphs" in row["mode"]:
         row |= {cache: median(compile_seconds(cache) or [None]) for cache in ("cold", "warm")}
     speeds = values("sps")
@@ -139,7 +156,7 @@ def fastest(rows: list[dict]) -> list[dict]:
 def markdown(header: list[str], cells: list[list[str]]) -> str:
     """A markdown table, padded so that it can be read as it is; columns of numbers to the right."""
     widths = [max(map(len, column)) for column in zip(header, *cells)]
-    right = [all(re.match(r"[\d–]|failed", cell) for cell in column) for column in zip(*cells)]
+    right = [all(re.match(r"-?\d|–|failed", cell) for cell in column) for column in zip(*cells)]
 
     def line(cells):
         return "| " + " | ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right)) + " |"
@@ -184,7 +201,8 @@ def short_table(rows: list[dict]) -> str:
 def full_table(rows: list[dict]) -> str:
     """Every configuration, a section for each machine."""
     header = ["Agent", "Environment", "num_envs", "Mode", "Runs", "SPS (lowest–highest)", "Frames/s", "× eager",
-              "Of env-only", "Rollout SPS", "Update SPS", "Compile s, cold", "warm", "Host GiB", "GPU GiB", "Measured"]
+              "Of env-only", "Rollout SPS", "Update SPS", "Compile s, cold", "warm", "Host GiB", "GPU GiB",
+              "Measured"]  # fmt: skip
     sections = []
     for name, group in groupby(rows, lambda row: row["machine"]):
         group = list(group)
@@ -346,11 +364,40 @@ def benchmarks_block(rows: list[dict]) -> str:
     return "\n\n".join([NOTE, short_table(rows), *pictures, full_table(rows)])
 
 
-def fill(path: Path, text: str, block: str) -> str:
-    """`text`, that of a page, with `block` between its markers."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        fail(f"{path}: needs one line {BEGIN} and after it one line {END}, for the tables to go between")
-    return text[: text.index(BEGIN)] + f"{BEGIN}\n{block}\n" + text[text.index(END) :]
+def fill(path: Path, default: str | None, block: str, begin: str = BEGIN, end: str = END) -> bytes:
+    """The page at `path`, or `default` if there is none, with `block` between its markers."""
+    text = path.read_text() if path.is_file() else default
+    if text is None:
+        fail(f"{path}: is not there; it needs the lines {begin} and {end}, for the tables to go between")
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        fail(f"{path}: needs one line {begin} and after it one line {end}, for the tables to go between")
+    return f"{text[: text.index(begin)]}{begin}\n{block}\n{text[text.index(end) :]}".encode()
+
+
+def publish(script: str, files: dict[Path, bytes], pictures: dict[Path, tuple[str, Callable]], check: bool) -> int:
+    """Write what is out of date, or with `check` only name it and the `script` to run; returns the exit status.
+
+    `files` have their content, `pictures` a digest of what they show and a function that draws the figure:
+    matplotlib's files differ from version to version, so one is up to date if it carries the digest.
+    """
+    stale = [path for path, content in files.items() if not path.is_file() or path.read_bytes() != content]
+    for path, (digest, _) in pictures.items():
+        if not path.is_file() or digest.encode() not in path.read_bytes():
+            stale.append(path)
+    if check:
+        for path in stale:
+            print(f"{path} is out of date: run python benchmarks/{script}", file=sys.stderr)
+        return int(bool(stale))
+    for path in stale:
+        if path in pictures:
+            digest, draw = pictures[path]
+            draw().savefig(picture := io.BytesIO(), metadata={"Software": None, "Source": digest})
+            files |= {path: picture.getvalue()}
+    for path in stale:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(files[path])
+        print(f"wrote {path}")
+    return 0
 
 
 def fail(message: str, status: int = 2):
@@ -363,34 +410,13 @@ def main(args: Args) -> int:
     """Write what is out of date, or with `check` only name it; returns the exit status."""
     folder, readme = args.root / "benchmarks", args.root / "README.md"
     rows = summarise(read_results(folder / "results.jsonl"))
-    if not readme.is_file():
-        fail(f"{readme}: is not there; it needs the lines {BEGIN} and {END}, for the tables to go between")
-    page = folder / "README.md"
     files = {
-        readme: fill(readme, readme.read_text(), readme_block(rows)).encode(),
-        page: fill(page, page.read_text() if page.is_file() else PAGE, benchmarks_block(rows)).encode(),
+        readme: fill(readme, None, readme_block(rows)),
+        folder / "README.md": fill(folder / "README.md", PAGE, benchmarks_block(rows)),
     }
-    # matplotlib's pictures differ from version to version: one is up to date if it carries the digest of what made it
     digest = hashlib.sha256(Path(__file__).read_bytes() + (folder / "results.jsonl").read_bytes()).hexdigest()
-    stale = [path for path, content in files.items() if not path.is_file() or path.read_bytes() != content]
-    for name in PLOTS:
-        path = folder / "plots" / name
-        if not path.is_file() or digest.encode() not in path.read_bytes():
-            stale.append(path)
-    if args.check:
-        for path in stale:
-            print(f"{path} is out of date: run python benchmarks/report.py", file=sys.stderr)
-        return int(bool(stale))
-
-    for path in stale:
-        if path.name in PLOTS:
-            PLOTS[path.name](rows).savefig(picture := io.BytesIO(), metadata={"Software": None, "Source": digest})
-            files[path] = picture.getvalue()
-    for path in stale:
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(files[path])
-        print(f"wrote {path}")
-    return 0
+    pictures = {folder / "plots" / name: (digest, partial(draw, rows)) for name, draw in PLOTS.items()}
+    return publish("report.py", files, pictures, args.check)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ def test_takes_turns_and_goes_on_after_a_failure(agent, results, capsys):
     for record in records:
         assert (record["agent"], record["env_id"], record["frame_skip"], record["num_envs"]) == (
             "fake_agent", "Fake-v5", 4, 8)  # fmt: skip
+        assert record["dirty"] is True  # this agent is in no commit
         assert record["torch"] and record["envpool"] and record["cpu"] and record["cores"] >= 1
         assert record["command"].startswith("python benchmarks/fps.py") and record["date"] >= record["started"]
         assert {"commit", "dirty", "gpu", "gpu_count", "gpu_power_limit_watts", "driver"} <= record.keys()
@@ -143,6 +144,7 @@ def test_a_real_agent(results):
     env_only, eager = read_lines(results)
     for record in (env_only, eager):
         assert (record["env_id"], record["num_envs"], record["frame_skip"]) == ("Acrobot-v1", 4, 1)
+        assert record["agent_flags"] == "--num-steps 16"
         assert record["host_memory_mib"] > 100 and record["device_memory_mib"] is None
     assert eager["sps"] < min(eager["sps_rollout"], eager["sps_update"], env_only["sps"])
 
@@ -208,10 +210,16 @@ def test_only_the_newest_call_counts():
     assert env_only["sps"] == 100
 
 
+def test_flags_of_the_agents_make_another_configuration():
+    base = json.loads((DATA / "fps_results.jsonl").read_text().splitlines()[0])
+    rows = report.summarise([base | {"sps": 1.0}, base | {"sps": 2.0, "agent_flags": "--num-steps 16"}])
+    assert [(row["agent"], row["sps"]) for row in rows] == [("ppo", 1), ("ppo --num-steps 16", 2)]
+
+
 def test_tables_are_the_golden_ones():
     rows = report.summarise(report.read_results(DATA / "fps_results.jsonl"))
-    page = report.fill(Path("README.md"), report.PAGE, report.benchmarks_block(rows))
-    assert page == (DATA / "fps_report.md").read_text()
+    page = report.fill(Path("no page yet"), report.PAGE, report.benchmarks_block(rows))
+    assert page == (DATA / "fps_report.md").read_bytes()
 
 
 def test_writes_checks_and_writes_again(project, capsys):
