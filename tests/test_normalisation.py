@@ -1,10 +1,10 @@
-"""Running statistics of observations and rewards: numpy's, over all rows that count, and frozen while a run is scored."""
+"""Running statistics of observations and rewards: numpy's, over all rows that count, and frozen when a run is scored."""
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
-from conftest import agent_named, agents_with, final_json, read_checkpoint, tiny
+from conftest import agents_with, final_json, read_checkpoint, tiny
 from test_math import GAMMA, rollout_with_resets
 from test_modes_agree import build
 
@@ -44,7 +44,7 @@ def test_discounted_returns_are_the_loop_and_go_on_over_rollouts(module):
 
 
 def learn_from(it, number):
-    """A rollout of two episodes' worth of data through the learning phase; returns what was in it."""
+    """A rollout of random data through the learning phase; returns what was in it."""
     rng, rollout = np.random.default_rng(number), it.rollout
     rewards, _, terminations, dones = rollout_with_resets(*rollout.rewards.shape, seed=number)
     data = {"obs": rng.normal(3, 2, size=rollout.obs.shape), "rewards": rewards, "dones": dones}
@@ -53,16 +53,14 @@ def learn_from(it, number):
     rollout.actions.normal_(generator=torch.Generator().manual_seed(number))
     for name, values in (("rewards", rewards), ("terminations", terminations), ("dones", dones)):
         getattr(rollout, f"host_{name}").copy_(torch.tensor(values))
-    module_noise = torch.Generator().manual_seed(number)
-    it.module.draw_noise(rollout, module_noise)
+    it.module.draw_noise(rollout, torch.Generator().manual_seed(number))
     it.learn()
     return data
 
 
 @normalising
 def test_the_learning_phase_takes_in_each_row_that_counts_once(module):
-    """Statistics after three rollouts are those of all their rows but the reset rows, returns going on from one to
-    the next."""
+    """Three rollouts, whose statistics are those of all rows but the reset rows; returns go on from one to the next."""
     it = build(module, "eager", "cpu", gamma=GAMMA)
     rollouts = [learn_from(it, number) for number in range(3)]
     valid = np.concatenate([r["dones"][:-1] for r in rollouts]) == 0
@@ -85,6 +83,7 @@ def test_a_rollout_is_learnt_from_with_the_statistics_it_was_acted_with(module):
     """So the first minibatch finds every ratio at one: its KL divergence is zero, whatever the statistics."""
     it = build(module, "eager", "cpu")
     learn_from(it, 0)
+    it.rollout.obs.add_(1)
     obs, used = it.rollout.obs[0], []
     acted = it.agent.normalize(obs)
 
