@@ -237,19 +237,22 @@ class Agent(nn.Module):
         """Rewards in units of the standard deviation of the running discounted return, clipped to +-10."""
         return (rewards * (self.return_moments.var + 1e-8).rsqrt()).clamp(-10, 10)
 
+    def output(self, layers, normalized):
+        first, second, head = layers
+        return head(second(first(normalized).tanh()).tanh())
+
     def policy(self, obs):
         """Means of the actions [batch, action_dim] for obs [batch, features] float32."""
-        first, second, head = self.actor
-        return head(second(first(self.normalize(obs)).tanh()).tanh())
+        return self.output(self.actor, self.normalize(obs))
 
     def value(self, obs):
         """Values [batch] for obs [batch, features] float32."""
-        first, second, head = self.critic
-        return head(second(first(self.normalize(obs)).tanh()).tanh()).squeeze(-1)
+        return self.output(self.critic, self.normalize(obs)).squeeze(-1)
 
     def forward(self, obs):
         """Means of the actions [batch, action_dim] and values [batch]."""
-        return self.policy(obs), self.value(obs)
+        normalized = self.normalize(obs)
+        return self.output(self.actor, normalized), self.output(self.critic, normalized).squeeze(-1)
 
 
 # ---- algorithm -------------------------------------------------------------------------------------------------------

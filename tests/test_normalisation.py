@@ -1,4 +1,4 @@
-"""Running statistics of observations and rewards: numpy's, over all rows that count, and frozen when a run is scored."""
+"""Running statistics of observations and rewards: numpy's, over all rows that count, frozen when a run is scored."""
 
 import gymnasium
 import numpy as np
