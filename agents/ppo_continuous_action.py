@@ -203,7 +203,7 @@ class Moments(nn.Module):
 
     @torch.no_grad()
     def update(self, rows, valid) -> None:
-        """Take in rows [batch, *shape] where valid [batch] is 1, none where 0 (Chan et al. 1979, equation 2.1)."""
+        """Take in rows [batch, *shape] where valid [batch] is 1, none where 0 (Chan, Golub and LeVeque 1979)."""
         number = valid.sum()
         weights = valid / number.clamp(min=1)
         mean = weights @ rows
