@@ -665,7 +665,7 @@ def main(args: Args, stop=()) -> dict:
         import wandb
 
         wandb.init(project="redline", name=run_dir.name, config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(run_dir, purge_step=global_step, flush_secs=30)
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1, flush_secs=30)
 
     rollout, metrics = Rollout(args, envs, device), torch.zeros(len(METRICS), device=device)
     clock = time.perf_counter()

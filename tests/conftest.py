@@ -26,6 +26,7 @@ SMALL = {
     "env_threads": 1, "learning_rate": 0.01, "buffer_size": 1024, "batch_size": 16, "learning_starts": 64,
 }  # fmt: skip
 SMALL_ATARI = {"env_id": "Breakout-v5", "num_envs": 2, "frame_skip": 16, "update_epochs": 1, "learning_rate": 0.001}
+SMALL_CONTINUOUS = {"env_id": "LunarLanderContinuous-v3", "num_steps": 64}  # quick to end, and to draw
 KEPT = {"config.json", "checkpoint.pt", "summary.json"}  # beside the event file and the copy of the script
 
 
@@ -69,6 +70,11 @@ def agents_with(*names: str) -> list:
     return [pytest.param(module, id=module.__name__) for module in chosen]
 
 
+def continuous(agent: str) -> bool:
+    """Whether the agent's actions are vectors of real numbers."""
+    return "continuous" in agent
+
+
 def settings(agent: str) -> set[str]:
     """Names of the settings that the agent's command line has."""
     return {field.name for field in fields(agent_named(agent).Args)}
@@ -85,7 +91,7 @@ def flags(**values) -> list[str]:
 
 def tiny(agent: str, **changes) -> list[str]:
     """Flags that make any agent small: four updates' worth of steps and a remainder, on the CPU, in eager mode."""
-    small = SMALL | (SMALL_ATARI if "atari" in agent else {})
+    small = SMALL | (SMALL_ATARI if "atari" in agent else SMALL_CONTINUOUS if continuous(agent) else {})
     small = {name: value for name, value in small.items() if name in settings(agent)} | {"device": "cpu"} | changes
     if "num_steps" in small:
         steps = 4 * max(1, small["num_envs"]) * max(1, small["num_steps"]) + 3

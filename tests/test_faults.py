@@ -14,6 +14,7 @@ from conftest import (
     Result,
     agent_named,
     contents,
+    continuous,
     final_json,
     finish,
     flags,
@@ -54,12 +55,12 @@ def check_failure(result: Result, *mentioned: str, status: int = 2):
 
 def bad_input(agent: str) -> list:
     """Settings that an agent must refuse, each with what its sentence must mention."""
-    atari, continuous = "atari" in agent, "continuous" in agent
+    atari = "atari" in agent
     near = ("Breakot-v5", "Breakout-v5") if atari else ("CartPol-v1", "CartPole-v1")
     # an environment of another family, by its observations or its actions
     wrong = ["MiniGrid-Empty-5x5-v0", "FrozenLake-v1", "WalkerWalk-v1"]
     wrong += ["CartPole-v1"] if atari else ["Pong-v5"]
-    wrong += ["CartPole-v1"] if continuous else ["Pendulum-v1"]
+    wrong += ["CartPole-v1"] if continuous(agent) else ["Pendulum-v1"]
     cases = [({"env_id": near[0]}, near[1]), ({"env_id": "no such game"}, "no such game"), ({"env_id": ""}, "")]
     cases += [({"env_id": env_id}, env_id) for env_id in dict.fromkeys(wrong)]
     cases += [({"device": name}, name) for name in ("tpu", "cuda:99", "cuda:x", "cpu:1", "")]
@@ -191,7 +192,7 @@ def test_refuses_the_run_of_another(agent, flag, runs, cli, tmp_path):
     """A run of another agent, or of a network of another shape, is refused and not touched."""
     run_dir = runs(agent).copy(tmp_path / "run")
     before = contents(tmp_path)
-    env_id = "Pong-v5" if "atari" in agent else "HalfCheetah-v5" if "continuous" in agent else "Acrobot-v1"
+    env_id = "Pong-v5" if "atari" in agent else "HalfCheetah-v5" if continuous(agent) else "Acrobot-v1"
     for other in NAMES:
         if other != agent:
             check_failure(cli(other, flag, run_dir), flag, agent, other)

@@ -1,11 +1,18 @@
 """Targets, losses and sampling against a few lines of numpy."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from conftest import agents_with
+from conftest import agents_with, continuous
 
 GAMMA, LAMBDA = 0.97, 0.9
+
+
+def by_actions(*names, real):
+    """The agents that have these names and choose among actions, or those whose actions are real numbers."""
+    return [agent for agent in agents_with(*names) if continuous(agent.id) == real]
 
 
 def rollout_with_resets(T, N, seed):
@@ -62,20 +69,21 @@ def test_gae_ends_with_its_episode(module):
 
 
 class Table(torch.nn.Module):
-    """A policy and values read from tables, so that a test can set them."""
+    """A policy and values read from tables, so that a test can set them; outputs are logits, or a Gaussian's means."""
 
-    def __init__(self, logits, values):
+    def __init__(self, outputs, values):
         super().__init__()
-        self.logits, self.values = torch.nn.Parameter(logits), torch.nn.Parameter(values)
+        self.outputs, self.values = torch.nn.Parameter(outputs), torch.nn.Parameter(values)
+        self.log_std = torch.nn.Parameter(torch.linspace(-1, 0.5, outputs.shape[-1], dtype=outputs.dtype))
 
     def policy(self, obs):
-        return self.logits[obs]
+        return self.outputs[obs]
 
     def forward(self, obs):
-        return self.logits[obs], self.values[obs]
+        return self.outputs[obs], self.values[obs]
 
 
-@pytest.mark.parametrize("module", agents_with("sample_actions"))
+@pytest.mark.parametrize("module", by_actions("sample_actions", real=False))
 def test_actions_are_drawn_with_the_policys_frequencies(module):
     logits, draws = torch.tensor([[0.0, 1.0, 2.0, -1.0]]), 200_000
     agent, obs = Table(logits, torch.zeros(1)), torch.zeros(draws, dtype=torch.int64)
@@ -86,28 +94,46 @@ def test_actions_are_drawn_with_the_policys_frequencies(module):
     torch.testing.assert_close(frequencies, logits[0].softmax(-1), rtol=0, atol=0.005)
 
 
-@pytest.mark.parametrize("module", agents_with("draw_noise"))
-def test_noise_is_gumbel_noise_and_permutations_fresh_every_time(module):
-    class rollout:
-        gumbel, permutations = torch.zeros(100, 20, 10), torch.zeros(3, 50, dtype=torch.int64)
+@pytest.mark.parametrize("module", by_actions("sample_actions", real=True))
+def test_real_actions_are_gaussian_and_clipped_for_the_environment(module):
+    agent, nan = Table(torch.tensor([[0.5, -2.0]]), torch.zeros(1)).requires_grad_(False), float("nan")
+    low, high = torch.tensor([[-1.0, -0.4], [1.0, 0.4]], dtype=torch.float64)
+    noise = torch.randn(100_000, 2, generator=torch.Generator().manual_seed(1))
+    actions, clipped = module.sample_actions(agent, torch.zeros(len(noise), dtype=torch.int64), noise, low, high)
+    torch.testing.assert_close(actions.mean(0), agent.outputs[0], rtol=0, atol=0.02)
+    torch.testing.assert_close(actions.std(0), agent.log_std.exp(), rtol=0.01, atol=0)
+    assert actions.dtype == torch.float32 and clipped.dtype == torch.float64, "the environment's own type"
+    assert torch.equal(clipped, actions.double().clamp(low, high)), "0.4 is 0.4, not the float32 next to it"
+    assert (clipped == low).any() and (clipped == high).any()
 
-    generator, before = torch.Generator().manual_seed(1), None
+    agent, broken = Table(torch.zeros(2, 2), torch.zeros(2)), torch.tensor([[nan, 0.0], [float("inf"), nan]])
+    agent.outputs.data.copy_(broken)
+    drawn, clipped = module.sample_actions(agent, torch.arange(2), torch.zeros(2, 2), low, high)
+    assert clipped.tolist() == [[-1, 0], [1, -0.4]], "an environment gets numbers within its bounds, whatever happens"
+    assert torch.equal(drawn.isnan(), broken.isnan()), "and the loss gets what was drawn"
+
+
+@pytest.mark.parametrize("module", agents_with("draw_noise"))
+def test_noise_is_as_told_and_permutations_fresh_every_time(module):
+    name = "noise" if continuous(module.__name__) else "gumbel"
+    mean, variance = (0, 1) if continuous(module.__name__) else (np.euler_gamma, np.pi**2 / 6)
+    rollout = SimpleNamespace(permutations=torch.zeros(3, 50, dtype=torch.int64), **{name: torch.zeros(100, 20, 10)})
+    noise, generator, before = getattr(rollout, name), torch.Generator().manual_seed(1), None
     for _ in range(2):
         module.draw_noise(rollout, generator)
-        assert rollout.gumbel.isfinite().all()
-        assert abs(rollout.gumbel.mean() - np.euler_gamma) < 0.03  # the mean and variance of the Gumbel distribution
-        assert abs(rollout.gumbel.var() - np.pi**2 / 6) < 0.1
+        assert noise.isfinite().all()
+        assert abs(noise.mean() - mean) < 0.03 and abs(noise.var() - variance) < 0.1
         assert (rollout.permutations.sort(1).values == torch.arange(50)).all()
         if before:
-            assert not torch.equal(before[0], rollout.gumbel) and not torch.equal(before[1], rollout.permutations)
-        before = rollout.gumbel.clone(), rollout.permutations.clone()
+            assert not torch.equal(before[0], noise) and not torch.equal(before[1], rollout.permutations)
+        before = noise.clone(), rollout.permutations.clone()
 
 
-def minibatch(rows, actions, seed):
+def minibatch(module, rows, seed):
     rng = np.random.default_rng(seed)
     return {
         "obs": np.arange(rows),
-        "actions": rng.integers(actions, size=rows),
+        "actions": rng.normal(size=(rows, 3)) if continuous(module.__name__) else rng.integers(3, size=rows),
         "logprobs": -rng.exponential(size=rows),
         "values": rng.normal(size=rows),
         "advantages": rng.normal(size=rows),
@@ -122,14 +148,15 @@ def minibatch(rows, actions, seed):
 def test_ppo_loss_is_the_papers(module, norm_adv, clip_vloss):
     rows, clip = 50, 0.2
     args = module.Args(norm_adv=norm_adv, clip_vloss=clip_vloss, clip_coef=clip, ent_coef=0.03, vf_coef=0.7)
-    rng, data = np.random.default_rng(0), minibatch(rows, 3, seed=1)
-    logits, new_values = rng.normal(size=(rows, 3)), rng.normal(size=rows)
-    agent = Table(torch.tensor(logits), torch.tensor(new_values))
+    rng, data = np.random.default_rng(0), minibatch(module, rows, seed=1)
+    new_values = rng.normal(size=rows)
+    agent = Table(torch.tensor(rng.normal(size=(rows, 3))), torch.tensor(new_values))
+    new_logprobs, entropies, _ = module.evaluate_actions(agent, data["obs"], torch.tensor(data["actions"]))
+    data["logprobs"] = new_logprobs.detach().numpy() + rng.normal(size=rows) / 3
     loss, metrics = module.ppo_loss(agent, args, **{k: torch.tensor(v) for k, v in data.items()})
 
     keep = data["valid"] == 1  # numpy leaves the reset rows out instead of giving them no weight
-    probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    ratio = (probs[np.arange(rows), data["actions"]] / np.exp(data["logprobs"]))[keep]
+    ratio = np.exp(new_logprobs.detach().numpy() - data["logprobs"])[keep]
     advantages, returns, values = (data[name][keep] for name in ("advantages", "returns", "values"))
     if norm_adv:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -137,7 +164,7 @@ def test_ppo_loss_is_the_papers(module, norm_adv, clip_vloss):
     v_error = (new_values[keep] - returns) ** 2
     if clip_vloss:
         v_error = np.maximum(v_error, (values + np.clip(new_values[keep] - values, -clip, clip) - returns) ** 2)
-    entropy = -(probs * np.log(probs)).sum(1)[keep].mean()
+    entropy = entropies.detach().numpy()[keep].mean()
     expected = [pg_loss, 0.5 * v_error.mean(), entropy, -np.log(ratio).mean(), (ratio - 1 - np.log(ratio)).mean()]
     expected.append((abs(ratio - 1) > clip).mean())
     np.testing.assert_allclose(metrics, expected, rtol=1e-9)
@@ -148,7 +175,7 @@ def test_ppo_loss_is_the_papers(module, norm_adv, clip_vloss):
 @pytest.mark.parametrize("module", agents_with("ppo_loss"))
 def test_reset_rows_teach_nothing(module):
     rows = 30
-    data = {k: torch.tensor(v) for k, v in minibatch(rows, 3, seed=2).items()}
+    data = {k: torch.tensor(v) for k, v in minibatch(module, rows, seed=2).items()}
     reset = data["valid"] == 0
     assert reset.any()
     gradients = []
@@ -157,13 +184,13 @@ def test_reset_rows_teach_nothing(module):
             data[name][reset] += spoil
         agent = Table(torch.linspace(-1, 1, rows * 3).view(rows, 3).double(), torch.linspace(-1, 1, rows).double())
         module.ppo_loss(agent, module.Args(), **data)[0].backward()
-        gradients.append((agent.logits.grad, agent.values.grad))
+        gradients.append((agent.outputs.grad, agent.values.grad))
     for clean, spoilt in zip(*gradients):
         assert torch.equal(clean, spoilt)
         assert (clean[reset] == 0).all() and (clean[~reset] != 0).any()
 
 
-@pytest.mark.parametrize("module", agents_with("evaluate_actions"))
+@pytest.mark.parametrize("module", by_actions("evaluate_actions", real=False))
 def test_log_probabilities_and_entropy_are_the_categoricals(module):
     logits, actions = torch.randn(20, 5, dtype=torch.float64) * 3, torch.randint(5, (20,))
     agent = Table(logits, torch.randn(20, dtype=torch.float64))
@@ -171,6 +198,17 @@ def test_log_probabilities_and_entropy_are_the_categoricals(module):
     categorical = torch.distributions.Categorical(logits=logits)
     torch.testing.assert_close(logprobs, categorical.log_prob(actions))
     torch.testing.assert_close(entropy, categorical.entropy())
+    assert torch.equal(values, agent.values)
+
+
+@pytest.mark.parametrize("module", by_actions("evaluate_actions", real=True))
+def test_log_densities_and_entropy_are_the_gaussians(module):
+    agent = Table(torch.randn(20, 5, dtype=torch.float64), torch.randn(20, dtype=torch.float64))
+    actions = torch.randn(20, 5, dtype=torch.float64) * 3
+    logprobs, entropy, values = module.evaluate_actions(agent, torch.arange(20), actions)
+    gaussian = torch.distributions.Independent(torch.distributions.Normal(agent.outputs, agent.log_std.exp()), 1)
+    torch.testing.assert_close(logprobs, gaussian.log_prob(actions))
+    torch.testing.assert_close(entropy, gaussian.entropy())
     assert torch.equal(values, agent.values)
 
 

@@ -7,7 +7,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from conftest import agents_with
+from conftest import agents_with, continuous
 
 needs_gpu = pytest.mark.gpu
 MODES = ["compile", *(pytest.param(mode, marks=needs_gpu) for mode in ("cudagraphs", "compile-cudagraphs"))]
@@ -19,7 +19,8 @@ def build(module, mode, device, **settings):
     pixels = "atari" in module.__name__
     box = gymnasium.spaces.Box
     space = box(0, 255, (4, 84, 84), np.uint8) if pixels else box(-1, 1, (6,), np.float32)
-    envs = SimpleNamespace(single_observation_space=space, single_action_space=gymnasium.spaces.Discrete(3))
+    actions = box(-1, 1, (3,), np.float64) if continuous(module.__name__) else gymnasium.spaces.Discrete(3)
+    envs = SimpleNamespace(single_observation_space=space, single_action_space=actions)
     torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
@@ -35,11 +36,8 @@ def build(module, mode, device, **settings):
 
 def iterate(it, number):
     """One iteration on data that depends on `number` alone; returns the actions that were chosen."""
-    rng = np.random.default_rng(number)
-    it.rollout.gumbel.copy_(torch.tensor(rng.gumbel(size=it.rollout.gumbel.shape)))
-    for permutation in it.rollout.permutations:
-        permutation.copy_(torch.tensor(rng.permutation(len(permutation))))
-    actions = []
+    rng, actions = np.random.default_rng(number), []
+    it.module.draw_noise(it.rollout, torch.Generator(it.device).manual_seed(number))
     for act in it.acts:
         shape = it.rollout.host_obs.shape
         it.rollout.host_obs.copy_(torch.tensor(rng.integers(256, size=shape) if it.pixels else rng.normal(size=shape)))
@@ -52,12 +50,17 @@ def iterate(it, number):
     it.rollout.host_dones.copy_(torch.tensor(dones))
     it.rollout.host_terminations.copy_(torch.tensor(dones[1:] & (rng.random(dones[1:].shape) < 0.5)))
     it.learn()
-    assert torch.equal(torch.stack(actions), it.rollout.actions.cpu().int())
-    return torch.stack(actions)
+    drawn, taken = it.rollout.actions.cpu(), torch.stack(actions)
+    assert torch.equal(taken, drawn.clamp(-1, 1).double() if continuous(it.module.__name__) else drawn.int())
+    return taken
 
 
 def weights(it):
     return torch.cat([p.detach().flatten().cpu() for p in it.agent.parameters()])
+
+
+def same_actions(it, one, other):
+    return torch.allclose(one, other, rtol=0, atol=1e-4) if continuous(it.module.__name__) else torch.equal(one, other)
 
 
 def device_of(mode):
@@ -71,9 +74,11 @@ def test_ten_updates_give_the_same_weights(module, mode):
     start = weights(eager)
     assert torch.equal(start, weights(fast)), "the warm-up has to leave no trace"
     for number in range(10):
-        assert torch.equal(iterate(eager, number), iterate(fast, number))
+        assert same_actions(eager, iterate(eager, number), iterate(fast, number))
         if number == 0:  # later ones differ by what rounding has grown to
             torch.testing.assert_close(eager.metrics, fast.metrics, rtol=1e-4, atol=1e-5)
+    for one, other in zip(eager.agent.buffers(), fast.agent.buffers(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     moved, apart = (weights(eager) - start).norm(), (weights(eager) - weights(fast)).norm()
     assert apart < 1e-4 * weights(eager).norm()
     assert apart < 1e-2 * moved, "and that is not for want of learning"
@@ -94,7 +99,9 @@ def test_what_changes_outside_takes_effect_inside(module, mode):
     with torch.no_grad():
         *_, head = (m for m in it.agent.actor.modules() if isinstance(m, torch.nn.Linear))
         head.bias[0] += 50
-    assert (iterate(it, 4) == 0).all(), "a policy made to always choose action 0"
+    actions = iterate(it, 4)
+    chosen = actions[..., 0] == 1 if continuous(module.__name__) else actions == 0
+    assert chosen.all(), "a policy made to always choose action 0, or to turn number 0 up to the limit"
 
 
 @pytest.mark.parametrize("module", agents_with("warm_up"))
@@ -104,7 +111,8 @@ def test_warm_up_leaves_no_trace(module):
     iterate(it, 0)
     states = it.optimizer.state
     before = copy.deepcopy((it.agent.state_dict(), it.optimizer.state_dict()["state"]))
-    module.warm_up(it.learn, lambda: [*it.agent.parameters(), *(x for s in states.values() for x in s.values())])
+    tensors = [*it.agent.parameters(), *it.agent.buffers(), *(x for s in states.values() for x in s.values())]
+    module.warm_up(it.learn, lambda: tensors)
     after = it.agent.state_dict(), it.optimizer.state_dict()["state"]
     for old, new in zip(before[0].values(), after[0].values()):
         assert torch.equal(old, new)

@@ -12,7 +12,7 @@ from conftest import AGENTS, NAMES, ROOT, script
 
 MAY_DIFFER = {
     "Args", "LIMITS", "METRICS", "make_envs", "true_game", "Agent", "Rollout",
-    "act_step", "update", "accelerate", "main",
+    "draw_noise", "sample_actions", "act_step", "evaluate_actions", "update", "evaluate", "accelerate", "main",
 }  # fmt: skip
 FILES = [script(name) for name in NAMES]
 PAIRS = list(combinations(FILES, 2))
