@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -147,6 +148,7 @@ LIMITS = {  # smallest and largest value of each number
     "frame_skip": (1, 1000), "sticky_actions": (0, 1),
 }  # fmt: skip
 METRICS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")
+CPU_MODE = "eager"  # of --mode auto; compiled is no faster, the convolutions are the same
 
 
 # ---- environments ----------------------------------------------------------------------------------------------------
@@ -536,7 +538,10 @@ def check_args(args: Args) -> tuple[torch.device, str]:
     device = torch.device("cuda:0" if name == "cuda" else name)
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
         fail(f"--device {args.device}: torch can use {torch.cuda.device_count()} CUDA devices on this machine")
-    mode = args.mode if args.mode != "auto" else "compile-cudagraphs" if device.type == "cuda" else "eager"
+    fastest = "compile-cudagraphs" if device.type == "cuda" else CPU_MODE
+    if not shutil.which(os.environ.get("CXX", "g++")):  # torch.compile needs it, on a GPU too
+        fastest = "cudagraphs" if device.type == "cuda" else "eager"
+    mode = fastest if args.mode == "auto" else args.mode
     if "cudagraphs" in mode and device.type != "cuda":
         fail(f"--mode {mode}: CUDA graphs need a CUDA device, and --device is {device}")
     if args.track and not importlib.util.find_spec("wandb"):

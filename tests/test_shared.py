@@ -11,7 +11,7 @@ import pytest
 from conftest import AGENTS, NAMES, ROOT, script
 
 MAY_DIFFER = {
-    "Args", "LIMITS", "METRICS", "make_envs", "true_game", "Agent", "Rollout",
+    "Args", "LIMITS", "METRICS", "CPU_MODE", "make_envs", "true_game", "Agent", "Rollout",
     "draw_noise", "sample_actions", "act_step", "evaluate_actions", "update", "evaluate", "accelerate", "main",
 }  # fmt: skip
 FILES = [script(name) for name in NAMES]
@@ -84,3 +84,13 @@ def test_limits_name_numbers_that_exist_and_admit_the_defaults(module):
     numbers = {field.name for field in dataclasses.fields(module.Args) if field.type in (int, float)}
     assert module.LIMITS.keys() == numbers
     assert all(low <= getattr(module.Args(), name) <= high for name, (low, high) in module.LIMITS.items())
+
+
+@pytest.mark.parametrize("module", AGENTS, ids=NAMES)
+def test_auto_compiles_only_where_a_compiler_is(module, monkeypatch):
+    args = module.Args(device="cpu")
+    monkeypatch.setenv("CXX", sys.executable)  # there for certain
+    assert module.check_args(args)[1] == module.CPU_MODE
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert module.check_args(args)[1] == "eager"
+    assert module.check_args(dataclasses.replace(args, mode="compile"))[1] == "compile", "asked for is asked for"
