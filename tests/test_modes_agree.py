@@ -18,7 +18,8 @@ def build(module, mode, device, **settings):
     args = module.Args(num_envs=4, num_steps=8, num_minibatches=2, update_epochs=2, **settings)
     pixels = "atari" in module.__name__
     box = gymnasium.spaces.Box
-    space = box(0, 255, (4, 84, 84), np.uint8) if pixels else box(-1, 1, (6,), np.float32)
+    pictures = 1 if "lstm" in module.__name__ else 4
+    space = box(0, 255, (pictures, 84, 84), np.uint8) if pixels else box(-1, 1, (6,), np.float32)
     envs = SimpleNamespace(single_observation_space=space, single_action_space=gymnasium.spaces.Discrete(3))
     torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32 = False
@@ -38,17 +39,17 @@ def iterate(it, number):
     it.rollout.gumbel.copy_(torch.tensor(rng.gumbel(size=it.rollout.gumbel.shape)))
     for permutation in it.rollout.permutations:
         permutation.copy_(torch.tensor(rng.permutation(len(permutation))))
-    actions = []
-    for act in it.acts:
+    dones, actions = rng.random(it.rollout.dones.shape) < 0.2, []
+    for t, act in enumerate(it.acts):
         shape = it.rollout.host_obs.shape
+        it.rollout.host_dones[t].copy_(torch.tensor(dones[t]))
         it.rollout.host_obs.copy_(torch.tensor(rng.integers(256, size=shape) if it.pixels else rng.normal(size=shape)))
         act()
         if it.device == "cuda":
             torch.cuda.synchronize()
         actions.append(it.rollout.host_actions.clone())
     it.rollout.host_rewards.copy_(torch.tensor(rng.normal(size=it.rollout.rewards.shape)))
-    dones = rng.random(it.rollout.dones.shape) < 0.2
-    it.rollout.host_dones.copy_(torch.tensor(dones))
+    it.rollout.host_dones[-1].copy_(torch.tensor(dones[-1]))
     it.rollout.host_terminations.copy_(torch.tensor(dones[1:] & (rng.random(dones[1:].shape) < 0.5)))
     it.learn()
     assert torch.equal(torch.stack(actions), it.rollout.actions.cpu().int())
