@@ -259,14 +259,15 @@ def lstm_inputs(agent: Agent, obs):
 
 
 def lstm_step(agent: Agent, inputs, state, keep):
-    """A step of the LSTM (Gers et al. 2000, Neural Computation 12) and what is kept of its state for the next one.
+    """A step of the LSTM (Gers et al. 2000, Neural Computation 12): its output, and its state for the next step.
 
-    inputs: [batch, 4 * LSTM_SIZE]; state: [2, batch, LSTM_SIZE], output and cell; keep: [batch, 1].
+    inputs: [batch, 4 * LSTM_SIZE]; state: output and cell, each [batch, LSTM_SIZE]; keep: [batch, 1], 0 to forget it.
     """
-    i, f, g, o = (inputs + agent.state_gates(state[0])).chunk(4, -1)
-    cell = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+    output, cell = state
+    i, f, g, o = (inputs + agent.state_gates(output)).chunk(4, -1)
+    cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
     output = o.sigmoid() * cell.tanh()
-    return output, torch.stack([output, cell]) * keep
+    return output, (output * keep, cell * keep)
 
 
 def remember(agent: Agent, obs, state, dones, lstm_inputs=lstm_inputs, lstm_step=lstm_step):
@@ -281,7 +282,7 @@ def remember(agent: Agent, obs, state, dones, lstm_inputs=lstm_inputs, lstm_step
     for step_inputs, keep in zip(inputs.unbind(), (1 - dones)[..., None].unbind()):
         output, state = lstm_step(agent, step_inputs, state, keep)
         memories.append(output)
-    return torch.cat(memories), state
+    return torch.cat(memories), torch.stack(state)
 
 
 # ---- algorithm -------------------------------------------------------------------------------------------------------
@@ -414,10 +415,10 @@ def update(
     with torch.no_grad():
         # fast: one batched pass here, instead of a value and a log-probability computed and stored at every step
         size, passes = args.minibatch_envs, []
-        for *chunk, actions in zip(*(x.split(size, 1) for x in (*sequences, rollout.actions))):
-            memories, _ = remember(agent, *chunk, lstm_inputs, lstm_step)
-            logprobs, _, values = evaluate_actions(agent, memories, actions.flatten())
-            passes.append(torch.stack([logprobs, values]).unflatten(1, actions.shape))
+        for mb in torch.arange(args.num_envs, device=metrics.device).split(size):
+            memories, _ = remember(agent, *(x[:, mb] for x in sequences), lstm_inputs, lstm_step)
+            logprobs, _, values = evaluate_actions(agent, memories, rollout.actions[:, mb].flatten())
+            passes.append(torch.stack([logprobs, values]).view(2, -1, size))
         logprobs, values = torch.cat(passes, -1)
         memories, _ = remember(agent, rollout.obs[-1:], rollout.state, rollout.dones[-1:])
         all_values = torch.cat([values, agent.value(memories)[None]])
@@ -517,16 +518,17 @@ def accelerate(mode: str, agent: Agent, optimizer, rollout: Rollout, args: Args,
 
     Every mode runs the same functions: leave out all that follows an `if`, and eager mode remains.
     """
-    act_fns, update_fns = (remember, sample_actions), (gae, evaluate_actions, ppo_loss, lstm_inputs, lstm_step)
+    step_fns, update_fns = (lstm_step, remember, sample_actions), (gae, evaluate_actions, ppo_loss, lstm_inputs)
     if "compile" in mode:
         update_fns = [torch.compile(f, fullgraph=True, dynamic=False) for f in update_fns]
-    if "compile" in mode and metrics.is_cuda:  # on a CPU, calling a compiled policy costs more than it saves
-        act_fns = [torch.compile(f, fullgraph=True, dynamic=False) for f in act_fns]
+    if "compile" in mode and metrics.is_cuda:  # on a CPU, calling a compiled step costs more than it saves
+        step_fns = [torch.compile(f, fullgraph=True, dynamic=False) for f in step_fns]
 
     rows = zip(rollout.obs, rollout.host_dones, rollout.dones, rollout.gumbel, rollout.actions)
-    ends = rollout.state, rollout.host_actions, *act_fns
-    acts = [partial(act_step, agent, rollout.host_obs, *row, *ends) for row in rows]
-    learn = partial(update, agent, optimizer, rollout, args, metrics, *update_fns)
+    lstm_step_fn, *act_fns = step_fns
+    tail = rollout.state, rollout.host_actions, *act_fns
+    acts = [partial(act_step, agent, rollout.host_obs, *row, *tail) for row in rows]
+    learn = partial(update, agent, optimizer, rollout, args, metrics, *update_fns, lstm_step_fn)
 
     def trained():
         return [*agent.parameters(), *(x for state in optimizer.state.values() for x in state.values())]

@@ -139,24 +139,26 @@ class Recall:
         return self.obs.copy(), rewards, ending, np.zeros_like(ending), infos
 
 
-def play_recall(agent, stack, convolutional, monkeypatch, tmp_path):
+def play_recall(agent, stack, convolutional, monkeypatch, tmp_path, seed=1):
     """Train an agent on Recall as its `main` does and return the mean of 200 games afterwards."""
     module = agent_named(agent)
 
-    class Pooled(module.Agent):
-        """The agent, but for 49 grey values of a picture in place of its convolutions: a hundredth of the time."""
+    class Sparse(module.Agent):
+        """The agent, but for one layer over every twelfth pixel in place of its convolutions: far cheaper."""
 
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            layer = module.layer_init(torch.nn.Linear(49 * stack, 512))
-            self.trunk = torch.nn.Sequential(torch.nn.AvgPool2d(12), torch.nn.Flatten(), layer, torch.nn.ReLU())
+            self.trunk = module.layer_init(torch.nn.Linear(49 * stack, 512))
+
+        def hidden(self, obs):
+            return self.trunk(obs[..., 6::12, 6::12].flatten(1) / 255).relu()
 
     monkeypatch.setattr(module, "make_envs", lambda args, num_envs, seed: Recall(num_envs, seed, stack))
     if not convolutional:
-        monkeypatch.setattr(module, "Agent", Pooled)
-    sizes = {"num_envs": 16, "num_steps": 16, "total_timesteps": 16 * 16 * 60, "eval_episodes": 200}
-    threads = {"torch_threads": 1, "device": "cpu", "precision": "fp32"}
-    args = module.Args(**sizes, **threads, learning_rate=1e-3, run_dir=str(tmp_path / agent))
+        monkeypatch.setattr(module, "Agent", Sparse)
+    sizes = {"num_envs": 16, "num_steps": 16, "num_minibatches": 2, "total_timesteps": 40 * 16 * 16}
+    machine = {"device": "cpu", "precision": "fp32", "torch_threads": 1}
+    args = module.Args(seed, **sizes, **machine, learning_rate=1e-3, eval_episodes=200, run_dir=str(tmp_path / agent))
     return module.main(args)["eval_return_mean"]
 
 
