@@ -1,5 +1,7 @@
 """Recurrent agents: what the state of the LSTM is at every boundary, and that it remembers."""
 
+import copy
+
 import gymnasium
 import numpy as np
 import pytest
@@ -66,7 +68,8 @@ def test_an_episode_begins_with_a_zero_state(module):
 @recurrent
 def test_learning_sees_what_acting_saw(module, monkeypatch):
     """Log-probabilities recomputed from the stored state are those acted on, through ends and over three rollouts."""
-    acted, learnt, sample_actions, ppo_loss = [], [], module.sample_actions, module.ppo_loss
+    acted, learnt, valued = [], [], []
+    sample_actions, ppo_loss, gae = module.sample_actions, module.ppo_loss, module.gae
 
     def sample(agent, memories, gumbel):
         acted.append(agent.policy(memories).log_softmax(-1))
@@ -77,20 +80,27 @@ def test_learning_sees_what_acting_saw(module, monkeypatch):
             learnt.append((logprobs, module.evaluate_actions(agent, memories, actions)[0]))
         return ppo_loss(agent, args, memories, actions, logprobs, *rest)
 
-    monkeypatch.setattr(module, "sample_actions", sample)
-    monkeypatch.setattr(module, "ppo_loss", loss)
+    def targets(rewards, values, *rest):
+        valued.append(values)
+        return gae(rewards, values, *rest)
+
+    for name, function in {"sample_actions": sample, "ppo_loss": loss, "gae": targets}.items():
+        monkeypatch.setattr(module, name, function)
     it = build(module, "eager", "cpu")
     it.lr.fill_(0.003)
     for number in range(3):
         acted.clear(), learnt.clear()
-        state, first_state = it.rollout.state.clone(), it.rollout.first_state.clone()
-        assert torch.equal(state, first_state) and (number == 0) == (state == 0).all()
+        before, state = copy.deepcopy(it.agent), it.rollout.state.clone()
+        assert torch.equal(state, it.rollout.first_state) and (number == 0) == (state == 0).all()
         actions = iterate(it, number).long()
         chosen = torch.stack(acted).gather(-1, actions[..., None]).squeeze(-1)
         for envs, (logprobs, _) in zip(it.rollout.permutations[0].split(2), learnt):
             torch.testing.assert_close(logprobs, chosen[:, envs].flatten(), rtol=0, atol=1e-5)
         torch.testing.assert_close(*learnt[0], rtol=0, atol=1e-6)  # the ratio starts at 1
         assert not torch.allclose(*learnt[-1], rtol=0, atol=1e-3), "and moves"
+        with torch.no_grad():  # the bootstrap too, as if all T + 1 rows were one sequence
+            memories, _ = module.remember(before, it.rollout.obs, state, it.rollout.dones)
+            torch.testing.assert_close(valued[-1].flatten(), before.value(memories), rtol=0, atol=1e-5)
         ended = it.rollout.dones[len(acted) - 1] == 1
         assert (it.rollout.state[:, ended] == 0).all() and (it.rollout.state[:, ~ended] != 0).all()
 
@@ -98,7 +108,7 @@ def test_learning_sees_what_acting_saw(module, monkeypatch):
 @recurrent
 def test_refuses_minibatches_that_would_cut_sequences(module, tmp_path, capfd):
     with pytest.raises(SystemExit) as end:
-        module.main(module.Args(num_envs=6, num_steps=8, num_minibatches=4, run_dir=str(tmp_path / "run")))
+        module.main(module.Args(num_envs=6, num_steps=8, num_minibatches=4, total_timesteps=48, run_dir=str(tmp_path / "run")))
     assert end.value.code == 2 and "--num-minibatches 4" in capfd.readouterr().err and not list(tmp_path.iterdir())
 
 
@@ -167,3 +177,17 @@ def test_recalls_what_a_stack_of_pictures_cannot(convolutional, monkeypatch, tmp
     """Perfect is 1 and guessing 0."""
     assert play_recall("ppo_atari_lstm", 1, convolutional, monkeypatch, tmp_path) > 0.9
     assert abs(play_recall("ppo_atari", 4, convolutional, monkeypatch, tmp_path)) < 0.4
+
+
+@recurrent
+def test_an_evaluated_game_begins_with_a_zero_state(module, monkeypatch):
+    seen, remember = [], module.remember
+
+    def record(agent, obs, state, dones):
+        seen.append((obs[0, :, 0].amax((1, 2)) > 0, state.abs().amax((0, 2))))
+        return remember(agent, obs, state, dones)
+
+    monkeypatch.setattr(module, "remember", record)
+    module.evaluate(module.Agent(2), Recall(3, seed=0, stack=1), 9, torch.Generator().manual_seed(0))
+    first_picture, state = map(torch.cat, zip(*seen))
+    assert first_picture.sum() >= 9 and torch.equal(first_picture, state == 0)
