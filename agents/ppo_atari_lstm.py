@@ -11,10 +11,11 @@
 
 One picture instead of four stacked ones, and an LSTM (Hochreiter and Schmidhuber 1997, Neural Computation 9) that
 remembers the others: `diff agents/ppo_atari.py agents/ppo_atari_lstm.py` is what recurrence adds, and nothing else.
-- The state of the LSTM is carried from step to step, across rollouts too, and is zero at an episode's first picture; a
+- The state of the LSTM is carried from step to step, across rollouts too, and is zero at an episode's first picture: a
   lost life that ends an episode (--episodic-life) ends the memory of it as well, in training and in evaluation.
 - A minibatch holds whole sequences, all num_steps rows of num_envs / num_minibatches environments, and gradients flow
-  through all of them, back to the state that the rollout began with. That state is data, of the parameters before.
+  through all of them, back to the state that the rollout began with. That one is taken as it was when acting.
+- Environments start anew after --resume, and so do their states.
 
 The other defaults are the paper's Atari settings. Differs from the paper in
 - the value loss is clipped, weights start orthogonal, Adam's epsilon is 1e-5: as in the authors' published code;
@@ -439,7 +440,7 @@ def update(
             metrics[:-1] += mb_metrics
             metrics[-1] += grad_norm
     metrics /= args.update_epochs * args.num_minibatches
-    rollout.first_state.copy_(rollout.state)
+    rollout.first_state.copy_(rollout.state)  # the next rollout goes on from here
 
 
 @torch.no_grad()
@@ -459,8 +460,7 @@ def evaluate(agent: Agent, envs, episodes: int, generator: torch.Generator, stop
             frames.append(envs.render()[0])
         if stop:
             break
-        rows = tensor(obs[None]), state, tensor(dones[None], dtype=torch.float32)
-        memories, state = remember(agent, *rows)
+        memories, state = remember(agent, tensor(obs[None]), state, tensor(dones[None], dtype=torch.float32))
         logits = agent.policy(memories)
         noise = torch.empty_like(logits).exponential_(generator=generator).log_()
         obs, *results = envs.step((logits - noise).argmax(-1).to("cpu", torch.int32).numpy())

@@ -107,8 +107,9 @@ def test_learning_sees_what_acting_saw(module, monkeypatch):
 
 @recurrent
 def test_refuses_minibatches_that_would_cut_sequences(module, tmp_path, capfd):
+    sizes = {"num_envs": 6, "num_steps": 8, "num_minibatches": 4, "total_timesteps": 48}
     with pytest.raises(SystemExit) as end:
-        module.main(module.Args(num_envs=6, num_steps=8, num_minibatches=4, total_timesteps=48, run_dir=str(tmp_path / "run")))
+        module.main(module.Args(**sizes, run_dir=str(tmp_path / "run")))
     assert end.value.code == 2 and "--num-minibatches 4" in capfd.readouterr().err and not list(tmp_path.iterdir())
 
 
