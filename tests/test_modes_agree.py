@@ -18,7 +18,8 @@ def build(module, mode, device, **settings):
     args = module.Args(num_envs=4, num_steps=8, num_minibatches=2, update_epochs=2, **settings)
     pixels = "atari" in module.__name__
     box = gymnasium.spaces.Box
-    space = box(0, 255, (4, 84, 84), np.uint8) if pixels else box(-1, 1, (6,), np.float32)
+    pictures = 1 if "lstm" in module.__name__ else 4
+    space = box(0, 255, (pictures, 84, 84), np.uint8) if pixels else box(-1, 1, (6,), np.float32)
     actions = box(-1, 1, (3,), np.float64) if continuous(module.__name__) else gymnasium.spaces.Discrete(3)
     envs = SimpleNamespace(single_observation_space=space, single_action_space=actions)
     torch.manual_seed(0)
@@ -38,16 +39,17 @@ def iterate(it, number):
     """One iteration on data that depends on `number` alone; returns the actions that were chosen."""
     rng, actions = np.random.default_rng(number), []
     it.module.draw_noise(it.rollout, torch.Generator(it.device).manual_seed(number))
-    for act in it.acts:
+    dones = rng.random(it.rollout.dones.shape) < 0.2
+    for t, act in enumerate(it.acts):
         shape = it.rollout.host_obs.shape
+        it.rollout.host_dones[t].copy_(torch.tensor(dones[t]))
         it.rollout.host_obs.copy_(torch.tensor(rng.integers(256, size=shape) if it.pixels else rng.normal(size=shape)))
         act()
         if it.device == "cuda":
             torch.cuda.synchronize()
         actions.append(it.rollout.host_actions.clone())
     it.rollout.host_rewards.copy_(torch.tensor(rng.normal(size=it.rollout.rewards.shape)))
-    dones = rng.random(it.rollout.dones.shape) < 0.2
-    it.rollout.host_dones.copy_(torch.tensor(dones))
+    it.rollout.host_dones[-1].copy_(torch.tensor(dones[-1]))
     it.rollout.host_terminations.copy_(torch.tensor(dones[1:] & (rng.random(dones[1:].shape) < 0.5)))
     it.learn()
     drawn, taken = it.rollout.actions.cpu(), torch.stack(actions)
