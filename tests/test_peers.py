@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -128,9 +129,11 @@ def test_a_failed_install_is_a_reason_and_tried_again(tmp_path, monkeypatch):
             peers.install("one", tmp_path)
 
 
-def test_one_that_hangs_is_ended_with_what_it_started():
+def test_one_that_hangs_is_ended_with_what_it_started(tmp_path):
     with pytest.raises(RuntimeError, match="did not end within 0.002 minutes"):
-        peers.run(["sh", "-c", "sleep 60 & sleep 60"], minutes=0.002)
+        peers.run(["sh", "-c", f"(sleep 0.4; touch {tmp_path}/alive) & sleep 60"], minutes=0.002)
+    time.sleep(0.5)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("err, said", [
@@ -168,3 +171,12 @@ def test_table_shows_the_newest_row_of_each(tmp_path):
 def test_rows_of_before_stay_readable():
     rows = [json.loads(line) for line in (ROOT / "benchmarks/peers.jsonl").read_text().splitlines()]
     assert "| cartpole | ppo | stable-baselines3==2.9.2 | compile |" in peers.table(rows)
+
+
+def test_every_peer_has_its_script_and_every_comparison_a_peer():
+    taken = [name for peer in peers.PEERS.values() for name in peer.comparisons]
+    assert set(taken) == set(peers.COMPARISONS)
+    assert all((ROOT / "benchmarks/peer_scripts" / peer.script).is_file() for peer in peers.PEERS.values())
+    assert peers.COMPARISONS["cartpole-defaults"][1] == ["--eval-episodes", "0"]
+    with pytest.raises(SystemExit):
+        peers.main(peers.Args(only=("cartpool",)))

@@ -9,6 +9,7 @@ import tempfile
 import time
 
 import gymnasium
+import torch
 from sample_factory.algo.runners.runner import AlgoObserver
 from sample_factory.cfg.arguments import parse_full_cfg, parse_sf_args
 from sample_factory.envs.env_utils import register_env
@@ -28,8 +29,14 @@ class Clock(AlgoObserver):
         return (len(self.times) - 1) * self.batch_size / (self.times[-1] - self.times[0])
 
 
+def make_env(name: str, cfg=None, env_config=None, render_mode: str | None = None) -> gymnasium.Env:
+    return gymnasium.make(name, render_mode=render_mode)
+
+
 def main(settings: dict) -> float:
-    register_env(settings["env_id"], lambda name, cfg, env_config, render_mode=None: gymnasium.make(name))
+    if settings["torch_threads"]:
+        torch.set_num_threads(settings["torch_threads"])
+    register_env(settings["env_id"], make_env)
     batch_size = settings["num_envs"] * settings["num_steps"]
     flags = {
         "env": settings["env_id"], "device": "cpu", "seed": 1, "train_for_env_steps": batch_size + settings["steps"],

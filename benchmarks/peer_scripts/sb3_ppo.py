@@ -7,12 +7,15 @@ import json
 import sys
 import time
 
+import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
 
 def main(settings: dict) -> float:
+    if settings["torch_threads"]:
+        torch.set_num_threads(settings["torch_threads"])
     if atari := "NoFrameskip" in settings["env_id"]:
         import ale_py
         import gymnasium

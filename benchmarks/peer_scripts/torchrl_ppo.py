@@ -19,6 +19,8 @@ from torchrl.objectives.value import GAE
 
 
 def main(settings: dict) -> float:
+    if settings["torch_threads"]:
+        torch.set_num_threads(settings["torch_threads"])
     torch.manual_seed(1)
     num_envs, batch_size = settings["num_envs"], settings["num_envs"] * settings["num_steps"]
     envs = SerialEnv(num_envs, lambda: GymEnv(settings["env_id"], categorical_action_encoding=True))
