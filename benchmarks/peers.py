@@ -1,17 +1,20 @@
 """Speed of the agents beside what a user would pick instead: same environment, same hyperparameters, in turns.
 
-    python benchmarks/peers.py                    # every comparison, about 15 minutes on two cores
-    python benchmarks/peers.py --only cartpole --repeats 5
+    python benchmarks/peers.py                    # every comparison, about 30 minutes on two cores
+    python benchmarks/peers.py --only cartpole --peers sb3 torchrl --repeats 5
+    python benchmarks/peers.py --report           # measure nothing; write the table of benchmarks/README.md
 
 A peer is installed into an environment of its own under the cache directory, from PyPI, beside our own torch. Each
-measurement is a process of its own; ours and the peer's take turns, and what counts is the ratio of two neighbours, so
-that a drift of the machine meets both. Both sides leave start-up and warm-up out: SPS is agent steps per second over
-all environments. One JSON line a comparison is appended to the results.
+measurement is a process of its own; the peers and our modes take turns, and what counts is the ratio of two in the same
+turn, so that a drift of the machine meets both. All sides leave start-up and warm-up out: SPS is agent steps per second
+over all environments. One JSON line a comparison and peer is appended to the results; a peer that does not install or
+does not run has the reason in it instead of ratios.
 """
 
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,113 +28,262 @@ import torch
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"
 TORCH = "torch==" + torch.__version__.split("+")[0]
-SB3 = ["stable-baselines3==2.9.2", "gymnasium[atari]==1.4.0", "opencv-python-headless", TORCH]
 
-# Runs in the peer's environment: builds PPO with our settings, learns one rollout to warm up, then times the rest.
-SB3_PPO = """
-import json, sys, time
-import torch
-from stable_baselines3 import PPO
-from stable_baselines3.common.env_util import make_atari_env, make_vec_env
-from stable_baselines3.common.vec_env import VecFrameStack
 
-settings = json.loads(sys.argv[1])
-if settings["atari"]:
-    import ale_py, gymnasium
-    gymnasium.register_envs(ale_py)
-    envs = VecFrameStack(make_atari_env(settings["env_id"], n_envs=settings["num_envs"], seed=1), 4)
-else:
-    envs = make_vec_env(settings["env_id"], n_envs=settings["num_envs"], seed=1)
-clip = settings["clip_coef"]
-model = PPO(
-    "CnnPolicy" if settings["atari"] else "MlpPolicy", envs, n_steps=128, n_epochs=4, learning_rate=2.5e-4,
-    batch_size=128 * settings["num_envs"] // 4, ent_coef=0.01, vf_coef=0.5, max_grad_norm=0.5, gae_lambda=0.95,
-    gamma=0.99, clip_range=clip, clip_range_vf=clip, device="cpu", seed=1,
-)
-model.learn(128 * settings["num_envs"])
-done, start = model.num_timesteps, time.perf_counter()
-model.learn(settings["steps"], reset_num_timesteps=False)
-print((model.num_timesteps - done) / (time.perf_counter() - start))
-"""
-RULES = "--num-steps 128 --num-minibatches 4 --update-epochs 4 --learning-rate 2.5e-4 --eval-episodes 0".split()
-CARTPOLE = {"env_id": "CartPole-v1", "num_envs": 4, "clip_coef": 0.2}
-BREAKOUT = {"env_id": "BreakoutNoFrameskip-v4", "num_envs": 8, "clip_coef": 0.1}
-COMPARISONS = {  # name: our agent, our flags, the peer's settings, the steps that our side takes and the peer's
-    "cartpole": ("ppo", [*RULES, "--num-envs", "4"], CARTPOLE, 40_960, 20_480),
-    "cartpole-defaults": ("ppo", ["--eval-episodes", "0"], CARTPOLE, 204_800, 20_480),
-    "breakout": ("ppo_atari", [*RULES, "--env-id", "Breakout-v5", "--num-envs", "8"], BREAKOUT, 5_120, 4_096),
-}
+@dataclass
+class Peer:
+    script: str
+    """file in benchmarks/peer_scripts that takes a comparison's settings in JSON and prints the SPS as its last line"""
+    requirements: list[str]
+    """what its environment holds; the first names the peer in the results"""
+    comparisons: tuple[str, ...]
+    """names of the comparisons that it takes part in"""
+
+
+PEERS = {
+    "sb3": Peer(
+        "sb3_ppo.py", ["stable-baselines3==2.9.2", "gymnasium[atari,mujoco]==1.4.0", "opencv-python-headless", TORCH],
+        ("cartpole", "cartpole-defaults", "breakout", "halfcheetah"),
+    ),
+    "torchrl": Peer("torchrl_ppo.py", ["torchrl==0.14.1", "gymnasium==1.4.0", TORCH], ("cartpole",)),
+    # Sample Factory and PufferLib bring a gymnasium before 1.0 themselves; CartPole-v1 is the same there
+    "sample-factory": Peer("sample_factory_ppo.py", ["sample-factory==2.1.1", TORCH], ("cartpole",)),
+    "pufferlib": Peer("pufferlib_ppo.py", ["pufferlib==3.0.0", TORCH], ("cartpole",)),
+}  # fmt: skip
+CLASSIC = {"num_steps": 128, "num_minibatches": 4, "update_epochs": 4, "learning_rate": 2.5e-4, "ent_coef": 0.01}
+MUJOCO = {"num_steps": 2048, "num_minibatches": 32, "update_epochs": 10, "learning_rate": 3e-4, "ent_coef": 0.0}
+SHARED = {"gamma": 0.99, "gae_lambda": 0.95, "vf_coef": 0.5, "max_grad_norm": 0.5, "normalize": False}  # our defaults
+# torch_threads as in ours: one for networks this small, which with more lose time to handing out work; 0 is torch's own
+CARTPOLE = SHARED | CLASSIC | {"env_id": "CartPole-v1", "num_envs": 4, "clip_coef": 0.2, "torch_threads": 1}
+BREAKOUT = SHARED | CLASSIC | {"env_id": "BreakoutNoFrameskip-v4", "num_envs": 8, "clip_coef": 0.1, "torch_threads": 0}
+CHEETAH = SHARED | MUJOCO | {"env_id": "HalfCheetah-v4", "num_envs": 1, "clip_coef": 0.2, "torch_threads": 1}
+CHEETAH |= {"normalize": True}
+
+
+def flags(rules: dict, **others) -> list[str]:
+    """Flags of ours that say the same as a peer's settings."""
+    rules = rules | others | {"eval_episodes": 0}
+    return [word for name, value in rules.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+COMPARISONS = {  # name: our agent, our flags, the peers' settings, the steps that our side takes and the peers'
+    "cartpole": ("ppo", flags(CLASSIC, num_envs=4), CARTPOLE, 40_960, 20_480),
+    "cartpole-defaults": ("ppo", flags({}), CARTPOLE, 204_800, 20_480),
+    "breakout": ("ppo_atari", flags(CLASSIC, env_id="Breakout-v5", num_envs=8), BREAKOUT, 5_120, 4_096),
+    "halfcheetah": (
+        "ppo_continuous_action", flags(MUJOCO, env_id="HalfCheetah-v4", num_envs=1), CHEETAH, 20_480, 12_288,
+    ),
+}  # fmt: skip
 
 
 @dataclass
 class Args:
     only: tuple[str, ...] = tuple(COMPARISONS)
     """names of the comparisons to run"""
+    peers: tuple[str, ...] = tuple(PEERS)
+    """names of the peers to compare with"""
     modes: tuple[str, ...] = ("eager", "compile")
     """modes of ours to compare"""
     repeats: int = 5
-    """times that ours and the peer's take turns"""
+    """times that ours and the peers take turns"""
+    minutes: float = 10.0
+    """longest that one measurement may take"""
     results: Path = ROOT / "benchmarks/peers.jsonl"
     """file that every comparison is appended to"""
     cache: Path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "redline"
     """folder for the peers' environments"""
+    report: bool = False
+    """measure nothing: write the table of the results into the page"""
+    page: Path = ROOT / "benchmarks/README.md"
+    """page with the table, between its markers"""
 
 
-def peer_python(cache: Path) -> Path:
-    """Python of an environment with the peer in it, made on the first call."""
-    python = cache / "sb3" / "bin" / "python"
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def run(command: list, minutes: float) -> str:
+    """What a command prints; RuntimeError with a sentence if it fails or takes longer."""
+    child = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = child.communicate(timeout=60 * minutes)
+    except BaseException as error:
+        os.killpg(child.pid, signal.SIGKILL)  # with the processes that it started
+        child.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise RuntimeError(f"did not end within {minutes:g} minutes") from None
+        raise
+    if child.returncode:
+        raise RuntimeError(reason(err))
+    return out
+
+
+def reason(err: str) -> str:
+    """The sentence on stderr that says best why a process failed: the last one that names an error, else the last."""
+    said = [line.strip() for line in err.splitlines() if line.strip()] or ["no message"]
+    named = [line for line in said if line.split(": ")[0].endswith(("Error", "error", "ERROR")) and ": " in line]
+    useful = [
+        line for line in named if "subprocess-exited-with-error" not in line
+    ]  # pip's, of what it has quoted above
+    return (useful or said)[-1].removeprefix("error: ").removeprefix("ERROR: ")[:200]
+
+
+def install(name: str, cache: Path) -> Path:
+    """Python of an environment with exactly this peer's requirements in it, made on the first call."""
+    folder, requirements = cache / name, "\n".join(PEERS[name].requirements)
+    python, installed = folder / "bin/python", folder / "requirements.txt"
     if not python.exists():
-        venv.create(cache / "sb3", with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *SB3], check=True)
+        venv.create(folder, with_pip=True)
+    if not installed.exists() or installed.read_text() != requirements:
+        try:
+            run([python, "-m", "pip", "install", "--quiet", *PEERS[name].requirements], minutes=30)
+        except RuntimeError as error:
+            raise RuntimeError(f"does not install: {error}") from None
+        installed.write_text(requirements)
     return python
 
 
-def our_sps(agent: str, flags: list[str], steps: int, mode: str) -> float:
+def our_sps(agent: Path, flags: list[str], steps: int, mode: str, minutes: float) -> float:
     """SPS that a run of one of our agents reports; it leaves its own warm-up out."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / "agents" / f"{agent}.py", *flags, "--total-timesteps", steps, "--mode", mode]
+        command = [sys.executable, agent, *flags, "--total-timesteps", steps, "--mode", mode]
         command += ["--device", "cpu", "--run-dir", f"{folder}/run"]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr.splitlines()[-1])
-    return json.loads(done.stdout.splitlines()[-1])["sps"]
+        return json.loads(run(command, minutes).splitlines()[-1])["sps"]
 
 
-def peer_sps(python: Path, settings: dict, steps: int) -> float:
-    """SPS of the peer, its warm-up left out."""
-    settings = settings | {"steps": steps, "atari": "NoFrameskip" in settings["env_id"]}
-    done = subprocess.run([python, "-c", SB3_PPO, json.dumps(settings)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr.splitlines()[-1])
-    return float(done.stdout.splitlines()[-1])
+def peer_sps(python: Path, script: Path, settings: dict, minutes: float) -> float:
+    """SPS of a peer, its warm-up left out."""
+    said = run([python, script, json.dumps(settings)], minutes).split() or ["nothing"]
+    try:
+        return float(said[-1])
+    except ValueError:
+        raise RuntimeError(f"prints {said[-1]!r} where the SPS should be") from None
 
 
-def main(args: Args) -> None:
-    python = peer_python(args.cache)
+def compare(name: str, args: Args, pythons: dict[str, Path], failed: dict[str, str]) -> list[dict]:
+    """The rows of one comparison, one for every peer; `failed` says which did not install."""
+    agent, our_flags, settings, steps, peer_steps = COMPARISONS[name]
+    peers = [peer for peer in args.peers if name in PEERS[peer].comparisons]
+    script, settings, failed = ROOT / "agents" / f"{agent}.py", settings | {"steps": peer_steps}, dict(failed)
+    if not script.exists():
+        failed |= dict.fromkeys(peers, f"there is no agents/{agent}.py")
+    sps = {side: [] for side in (*peers, *args.modes)}
+    for turn in range(args.repeats):
+        for peer in peers:
+            if peer not in failed:
+                try:
+                    peer_script = ROOT / "benchmarks/peer_scripts" / PEERS[peer].script
+                    sps[peer].append(peer_sps(pythons[peer], peer_script, settings, args.minutes))
+                except RuntimeError as error:
+                    failed[peer] = f"does not run: {error}"
+        if failed.keys() >= set(peers):
+            break
+        try:
+            for mode in args.modes:
+                sps[mode].append(our_sps(script, our_flags, steps, mode, args.minutes))
+        except RuntimeError as error:
+            failed |= dict.fromkeys(peers, f"ours does not run in the mode {mode}: {error}")
+            break
+        latest = {side: round(values[-1]) for side, values in sps.items() if side not in failed}
+        print(f"{name} {turn + 1}/{args.repeats}", latest, flush=True)
+    rows = []
+    for peer in peers:
+        row = {"comparison": name, "agent": agent, "flags": " ".join(our_flags), "peer_name": peer}
+        row |= {"peer": PEERS[peer].requirements[0], "peer_settings": settings}
+        if peer in failed:
+            rows.append(row | {"failed": failed[peer]})
+            continue
+        ratios = {mode: [a / b for a, b in zip(sps[mode], sps[peer])] for mode in args.modes}
+        row |= {"sps": {side: sps[side] for side in (peer, *args.modes)}}
+        rows.append(row | {"ratio_median": {m: statistics.median(v) for m, v in ratios.items()}, "ratios": ratios})
+    return rows
+
+
+# ---- table -----------------------------------------------------------------------------------------------------------
+
+
+def table(rows: list[dict]) -> str:
+    """The newest row of every comparison, peer and mode in markdown."""
+    newest = {}  # {(comparison, peer): {mode: row}}; a failure is that of all modes
+    for row in rows:
+        key = row["comparison"], row.get("peer_name") or next(iter(row["sps"]))
+        measured = {mode: old for mode, old in newest.get(key, {}).items() if "failed" not in old}
+        newest[key] = {"–": row} if "failed" in row else measured | dict.fromkeys(row["ratios"], row)
+    lines = ["| Comparison | Agent | Peer | Mode | × peer's SPS | Turns | SPS | Peer's SPS | Machine | Measured |"]
+    lines += ["|---|---|---|---|---|---:|---:|---:|---|---|"]
+    for (comparison, peer), modes in newest.items():
+        for mode, row in modes.items():
+            cells = ["failed: " + row.get("failed", "").replace("|", "/"), "–", "–", "–"]
+            if "failed" not in row:
+                ratios = row["ratios"][mode]
+                cells = [f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})", str(len(ratios))]
+                cells += [f"{statistics.median(row['sps'][side]):,.0f}" for side in (mode, peer)]
+            where = [f"{row['cpu']}, {row['cores']} cores", f"{row['date']} {row['commit']}"]
+            lines.append("| " + " | ".join([comparison, row["agent"], row["peer"], mode, *cells, *where]) + " |")
+    return "\n".join(lines)
+
+
+def write_table(results: Path, page: Path) -> None:
+    """Put the table of a file of results between the markers of a page; a page without them gets them at its end."""
+    if not page.exists():
+        fail(f"{page}: is not there; python benchmarks/report.py makes it")
+    text = page.read_text()
+    if BEGIN not in text:
+        text = f"{text.rstrip()}\n\n## Beside other libraries\n\n{BEGIN}\n{END}\n"
+    before, rest = text.split(BEGIN)
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    page.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.split(END)[1]}")
+
+
+# ---- main ------------------------------------------------------------------------------------------------------------
+
+
+def fail(message: str):
+    """End the process with one sentence on stderr, as for bad input."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def machine() -> dict:
+    """What measured: commit, processor, versions, date and command."""
     describe = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = next((line.split(": ")[1] for line in cpuinfo.splitlines() if "model name" in line), platform.processor())
-    machine = {"commit": commit.strip(), "cpu": cpu, "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}
-    machine |= {"python": platform.python_version(), "date": datetime.now(UTC).date().isoformat()}
-    machine |= {"command": " ".join(["python benchmarks/peers.py", *sys.argv[1:]])}
+    facts = {"commit": commit.strip(), "cpu": cpu, "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}
+    facts |= {"python": platform.python_version(), "date": datetime.now(UTC).date().isoformat()}
+    return facts | {"command": " ".join(["python benchmarks/peers.py", *sys.argv[1:]])}
+
+
+def main(args: Args) -> None:
+    for flag, names, known in (("--only", args.only, COMPARISONS), ("--peers", args.peers, PEERS)):
+        if unknown := set(names) - known.keys():
+            fail(f"{flag} {' '.join(sorted(unknown))}: must be among {', '.join(known)}")
+    if args.report:
+        return write_table(args.results, args.page)
+    facts, pythons, failed = machine(), {}, {}
+    for peer in args.peers:
+        if set(args.only) & set(PEERS[peer].comparisons):
+            try:
+                pythons[peer] = install(peer, args.cache)
+            except RuntimeError as error:
+                failed[peer] = str(error)
     for name in args.only:
-        agent, flags, settings, steps, peer_steps = COMPARISONS[name]
-        sps, ratios = {"sb3": []} | {mode: [] for mode in args.modes}, {mode: [] for mode in args.modes}
-        for turn in range(args.repeats):
-            sps["sb3"].append(peer_sps(python, settings, peer_steps))
-            for mode in args.modes:
-                sps[mode].append(our_sps(agent, flags, steps, mode))
-                ratios[mode].append(sps[mode][-1] / sps["sb3"][-1])
-            print(f"{name} {turn + 1}/{args.repeats}", {k: round(v[-1]) for k, v in sps.items()}, flush=True)
-        for mode, values in ratios.items():
-            print(f"{name} {mode}: {statistics.median(values):.2f} x SB3 ({min(values):.2f} to {max(values):.2f})")
-        row = {"comparison": name, "agent": agent, "flags": " ".join(flags), "peer": SB3[0], "peer_settings": settings}
-        row |= {"sps": sps, "ratio_median": {m: statistics.median(v) for m, v in ratios.items()}, "ratios": ratios}
+        rows = compare(name, args, pythons, failed)
+        for row in rows:
+            for mode, values in row.get("ratios", {}).items():
+                print(f"{name} {mode}: {statistics.median(values):.2f} x {row['peer_name']} "
+                      f"({min(values):.2f} to {max(values):.2f})")  # fmt: skip
+            if "failed" in row:
+                print(f"{name}: {row['peer_name']} failed: {row['failed']}")
         with open(args.results, "a") as file:
-            file.write(json.dumps(row | machine) + "\n")
+            file.writelines(json.dumps(row | facts) + "\n" for row in rows)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends what it has started too
     main(tyro.cli(Args, description=__doc__))
