@@ -205,6 +205,12 @@ def layer_init(layer, std=2**0.5):
     return layer
 
 
+def epsilon_greedy(q_values, epsilon):
+    """Log-probabilities of actions, [batch, num_actions]: any of them with probability epsilon, else the best one."""
+    num_actions = q_values.shape[-1]
+    return ((1 - epsilon) * F.one_hot(q_values.argmax(-1), num_actions) + epsilon / num_actions).log()
+
+
 class Agent(nn.Module):
     """The convolutional network of Mnih et al. 2015 (Nature 518), every layer normalised, under a head of Q-values."""
 
@@ -215,7 +221,7 @@ class Agent(nn.Module):
         self.convolutions = nn.ModuleList(map(layer_init, convolutions))
         self.linear, self.head = layer_init(nn.Linear(64 * 7 * 7, 512)), layer_init(nn.Linear(512, num_actions), 1)
         self.norms = nn.ModuleList(map(nn.LayerNorm, (32, 64, 64, 512)))
-        self.register_buffer("epsilon", torch.zeros(()), persistent=False)  # of the policy; the loop of main sets it
+        self.register_buffer("epsilon", torch.zeros(()), persistent=False)  # main sets it: see --start-e
 
     def forward(self, obs):
         """Q-values [batch, num_actions] for obs [batch, 4, 84, 84] uint8."""
@@ -231,10 +237,7 @@ class Agent(nn.Module):
 
     def policy(self, obs):
         """Log-probabilities [batch, num_actions] of the epsilon-greedy policy for obs [batch, 4, 84, 84] uint8."""
-        q_values = self(obs)
-        num_actions = q_values.shape[-1]
-        greedy = F.one_hot(q_values.argmax(-1), num_actions)
-        return ((1 - self.epsilon) * greedy + self.epsilon / num_actions).log()
+        return epsilon_greedy(self(obs), self.epsilon)
 
 
 # ---- algorithm -------------------------------------------------------------------------------------------------------
