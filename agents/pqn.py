@@ -54,7 +54,7 @@ class Args:
     # ---- Run ----
     seed: int = 1
     """seed of the network, the sampling noise and the environments"""
-    total_timesteps: int = 400_000
+    total_timesteps: int = 250_000
     """environment steps to train for, counted over all environments"""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda or cuda:N"""
@@ -82,19 +82,19 @@ class Args:
     """environments stepped together"""
 
     # ---- Algorithm ----
-    num_steps: int = 64
+    num_steps: int = 32
     """steps of every environment in one rollout"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Adam's learning rate at the start"""
     anneal_lr: bool = True
     """lower the learning rate linearly to zero over the run"""
     gamma: float = 0.99
     """discount factor"""
-    q_lambda: float = 0.65
+    q_lambda: float = 0.95
     """lambda of the Q(lambda) targets: 0 looks one step ahead, 1 to the end of the rollout"""
-    num_minibatches: int = 8
+    num_minibatches: int = 4
     """minibatches that one epoch splits the rollout into"""
-    update_epochs: int = 2
+    update_epochs: int = 4
     """passes over the rollout in one learning phase"""
     start_e: float = 1.0
     """probability of a random action at the start"""
