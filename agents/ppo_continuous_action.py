@@ -647,7 +647,7 @@ def restore(checkpoint: dict, flag: str, agent: nn.Module, optimizer, generator:
     try:
         agent.load_state_dict(checkpoint["agent"])
         for group, saved in zip(optimizer.param_groups, checkpoint["optimizer"]["param_groups"], strict=True):
-            saved |= {key: group[key] for key in ("lr", "fused", "capturable")}  # this device's, not the checkpoint's
+            saved.update(group, params=saved["params"])  # lr, capturable, ...: of this device, not the checkpoint
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["device"] == generator.device.type:
             generator.set_state(checkpoint["generator"].cpu())

@@ -67,7 +67,8 @@ def bad_input(agent: str) -> list:
     cases += [({"mode": mode, "device": "cpu"}, mode) for mode in ("cudagraphs", "compile-cudagraphs")]
     sizes = "total_timesteps num_envs num_steps num_minibatches update_epochs buffer_size batch_size frame_skip"
     cases += [({name: value}, str(value)) for name in sizes.split() for value in (0, -1)]
-    reals = ("learning_rate", "gamma", "gae_lambda", "ent_coef", "max_grad_norm", "checkpoint_minutes")
+    reals = ["learning_rate", "gamma", "gae_lambda", "ent_coef", "max_grad_norm", "checkpoint_minutes"]
+    reals += ["q_lambda", "start_e", "end_e", "exploration_fraction"]
     cases += [({name: value}, str(value)) for name in reals for value in (-0.5, "nan", "inf")]
     cases += [({"gamma": 1.5}, "1.5"), ({"seed": -1}, "-1"), ({"seed": 2**40}, ""), ({"eval_episodes": -1}, "-1")]
     cases += [({"num_minibatches": 3}, "3"), ({"total_timesteps": 1}, "1")]
@@ -225,7 +226,7 @@ def test_resume_goes_on(agent, runs, cli, tmp_path):
     before, after = read_checkpoint(done.path), read_checkpoint(run_dir)
     assert after["global_step"] == summary["global_step"] and not same_weights(before, after)
     assert strict_json((run_dir / "summary.json").read_text()) == summary
-    if "optimizer" in after and agent.startswith("ppo"):
+    if "optimizer" in after and agent.startswith(("ppo", "pqn")):
         old, new = ({s["step"].item() for s in x["optimizer"]["state"].values()} for x in (before, after))
         assert new == {2 * step for step in old} and len(new) == 1
     events = EventAccumulator(str(run_dir))

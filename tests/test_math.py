@@ -68,6 +68,46 @@ def test_gae_ends_with_its_episode(module):
     assert not torch.allclose(before[t + 1 :, n], after[t + 1 :, n])
 
 
+def numpy_q_lambda(rewards, values, terminations, dones):
+    targets, following = np.zeros_like(rewards), values[-1]
+    for t in reversed(range(len(rewards))):
+        beyond = (1 - LAMBDA) * values[t + 1] + LAMBDA * following
+        beyond = np.where(dones[t + 1], values[t + 1], beyond)
+        following = targets[t] = rewards[t] + GAMMA * np.where(terminations[t], 0, beyond)
+    return targets
+
+
+@pytest.mark.parametrize("module", agents_with("q_lambda"))
+@pytest.mark.parametrize("T", [1, 2, 7, 64, 129])
+def test_q_lambda_is_the_loop(module, T):
+    data = rollout_with_resets(T, 5, seed=T)
+    targets = module.q_lambda(*map(torch.tensor, data), GAMMA, LAMBDA)
+    np.testing.assert_allclose(targets, numpy_q_lambda(*data), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("module", agents_with("q_lambda"))
+def test_q_lambda_bootstraps_truncation_and_not_termination(module):
+    """And mixes one step with what follows where an episode goes on."""
+    rewards, values = torch.ones(2, 3), torch.tensor([[5.0] * 3, [10.0] * 3, [20.0] * 3])
+    terminations, dones = torch.tensor([[1.0, 0, 0], [0, 0, 0]]), torch.tensor([[0.0] * 3, [1, 1, 0], [0] * 3])
+    targets = module.q_lambda(rewards, values, terminations, dones, 0.5, 0.25)
+    # ended for good; cut off: 1 + 0.5 * 10; going on: 1 + 0.5 * (0.75 * 10 + 0.25 * the last row's 1 + 0.5 * 20)
+    assert targets[0].tolist() == [1.0, 6.0, 6.125] and targets[1, 2] == 11
+
+
+@pytest.mark.parametrize("module", agents_with("q_lambda"))
+def test_q_lambda_ends_with_its_episode(module):
+    """What follows an end, reset row included, changes no target before it."""
+    rewards, values, terminations, dones = map(torch.tensor, rollout_with_resets(40, 3, seed=1))
+    before = module.q_lambda(rewards, values, terminations, dones, GAMMA, LAMBDA)
+    t, n = map(int, torch.nonzero(dones[1:30])[0])
+    rewards[t + 1 :, n] += 100
+    values[t + 2 :, n] -= 100
+    after = module.q_lambda(rewards, values, terminations, dones, GAMMA, LAMBDA)
+    assert torch.equal(before[: t + 1, n], after[: t + 1, n])
+    assert not torch.allclose(before[t + 1 :, n], after[t + 1 :, n])
+
+
 class Table(torch.nn.Module):
     """A policy and values read from tables, so that a test can set them; outputs are logits, or a Gaussian's means."""
 
@@ -199,6 +239,31 @@ def test_log_probabilities_and_entropy_are_the_categoricals(module):
     torch.testing.assert_close(logprobs, categorical.log_prob(actions))
     torch.testing.assert_close(entropy, categorical.entropy())
     assert torch.equal(values, agent.values)
+
+
+@pytest.mark.parametrize("module", agents_with("td_loss"))
+def test_td_loss_is_half_the_mean_squared_error_without_reset_rows(module):
+    rows, rng = 40, np.random.default_rng(0)
+    table = torch.tensor(rng.normal(size=(rows, 3)), requires_grad=True)
+    actions, targets, valid = rng.integers(3, size=rows), rng.normal(size=rows), rng.random(rows) < 0.7
+    targets[~valid] = 1e6
+    data = map(torch.tensor, (np.arange(rows), actions, targets, valid.astype(float)))
+    loss, metrics = module.td_loss(lambda obs: table[obs], *data)
+    loss.backward()
+
+    q_values = table.detach().numpy()[np.arange(rows), actions]
+    errors = (q_values - targets)[valid]
+    np.testing.assert_allclose(metrics, [0.5 * (errors**2).mean(), q_values[valid].mean()], rtol=1e-9)
+    assert loss.item() == metrics[0] and len(metrics) == len(module.METRICS) - 1
+    expected = np.zeros((rows, 3))  # of each row that counts, the action taken alone
+    expected[valid, actions[valid]] = errors / valid.sum()
+    np.testing.assert_allclose(table.grad, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("module", agents_with("max_q"))
+def test_max_q_is_the_largest_q_value(module):
+    table = torch.tensor([[1.0, 3.0, 2.0], [-1.0, -3.0, -2.0]])
+    assert module.max_q(lambda obs: table[obs], [0, 1]).tolist() == [3, -1]
 
 
 @pytest.mark.parametrize("module", by_actions("evaluate_actions", real=True))

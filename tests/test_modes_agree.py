@@ -29,7 +29,10 @@ def build(module, mode, device, **settings):
     agent.to(device)
     # large steps on random data are chaotic: at 2.5e-4 a change of 1e-7 grows to 1e-2 in ten iterations, eager or not
     lr = torch.tensor(1e-4, device=device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr, eps=1e-5, fused=True, capturable=device == "cuda")
+    kind, options = torch.optim.Adam, {"eps": 1e-5, "fused": True}
+    if "pqn" in module.__name__:
+        kind, options = torch.optim.RAdam, {"foreach": True}
+    optimizer = kind(agent.parameters(), lr, capturable=device == "cuda", **options)
     rollout, metrics = module.Rollout(args, envs, torch.device(device)), torch.zeros(len(module.METRICS), device=device)
     acts, learn = module.accelerate(mode, agent, optimizer, rollout, args, metrics)
     return SimpleNamespace(**locals())
@@ -89,7 +92,7 @@ def test_ten_updates_give_the_same_weights(module, mode):
 @pytest.mark.parametrize("module", agents_with("accelerate", "sample_actions"))
 @pytest.mark.parametrize("mode", MODES)
 def test_what_changes_outside_takes_effect_inside(module, mode):
-    """The learning rate, the parameters and the noise are read at every call, not frozen at the first."""
+    """The learning rate, the parameters, the noise and epsilon are read at every call, not frozen at the first."""
     it = build(module, mode, device_of(mode))
     iterate(it, 0)
     before = weights(it)
@@ -99,11 +102,14 @@ def test_what_changes_outside_takes_effect_inside(module, mode):
     first = iterate(it, 2)
     assert not torch.equal(first, iterate(it, 3)), "other noise, other actions"
     with torch.no_grad():
-        *_, head = (m for m in it.agent.actor.modules() if isinstance(m, torch.nn.Linear))
+        head = next(m for m in it.agent.modules() if getattr(m, "out_features", 0) == 3)
         head.bias[0] += 50
     actions = iterate(it, 4)
     chosen = actions[..., 0] == 1 if continuous(module.__name__) else actions == 0
     assert chosen.all(), "a policy made to always choose action 0, or to turn number 0 up to the limit"
+    if hasattr(it.agent, "epsilon"):
+        it.agent.epsilon.fill_(1)
+        assert (iterate(it, 5) != 0).any(), "and then made to explore"
 
 
 @pytest.mark.parametrize("module", agents_with("warm_up"))

@@ -113,6 +113,8 @@ def test_logs_curves(agent, runs):
     assert tags >= {"charts/SPS", "charts/episodic_return"} and any(tag.startswith("losses/") for tag in tags)
     if agent.startswith("ppo"):
         assert tags >= {"losses/policy_loss", "losses/value_loss", "losses/entropy", "charts/learning_rate"}
+    if agent.startswith("pqn"):
+        assert tags >= {"losses/td_loss", "losses/q_values", "charts/epsilon", "charts/learning_rate"}
     for tag in tags:
         steps = [point.step for point in events.Scalars(tag)]
         assert steps == sorted(set(steps)) and all(math.isfinite(point.value) for point in events.Scalars(tag))
