@@ -103,11 +103,11 @@ class Args:
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def run(command: list, minutes: float) -> str:
+def run(command: list, minutes: float, folder: str | None = None) -> str:
     """What a command prints; RuntimeError with a sentence if it fails or takes longer."""
     child = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
-        start_new_session=True,
+        start_new_session=True, cwd=folder,
     )  # fmt: skip
     try:
         out, err = child.communicate(timeout=60 * minutes)
@@ -134,7 +134,7 @@ def reason(err: str) -> str:
 
 def install(name: str, cache: Path) -> Path:
     """Python of an environment with exactly this peer's requirements in it, made on the first call."""
-    folder, requirements = cache / name, "\n".join(PEERS[name].requirements)
+    folder, requirements = cache.absolute() / name, "\n".join(PEERS[name].requirements)
     python, installed = folder / "bin/python", folder / "requirements.txt"
     if not python.exists():
         venv.create(folder, with_pip=True)
@@ -157,7 +157,8 @@ def our_sps(agent: Path, flags: list[str], steps: int, mode: str, minutes: float
 
 def peer_sps(python: Path, script: Path, settings: dict, minutes: float) -> float:
     """SPS of a peer, its warm-up left out."""
-    said = run([python, script, json.dumps(settings)], minutes).split() or ["nothing"]
+    with tempfile.TemporaryDirectory() as folder:  # MuJoCo leaves a log where it runs
+        said = run([python, script, json.dumps(settings)], minutes, folder).split() or ["nothing"]
     try:
         return float(said[-1])
     except ValueError:

@@ -165,7 +165,9 @@ def test_table_shows_the_newest_row_of_each(tmp_path):
         assert "| c | ppo | stable==2 | compile | 5.00 (4.00–6.00) | 2 | 500 | 100 |" in text
         assert "| c | ppo | other==1 | – | failed: does not / run |" in text
     results.write_text(results.read_text() + json.dumps(bad | {"peer_name": "sb3"}) + "\n")
-    assert "eager" not in peers.table([json.loads(line) for line in results.read_text().splitlines()])
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert "eager" not in peers.table(rows) and peers.table(rows).count("failed") == 2
+    assert peers.table([*rows, old]).count("failed") == 1
 
 
 def test_rows_of_before_stay_readable():
