@@ -327,8 +327,9 @@ def td_loss(agent: Agent, obs, actions, targets, valid):
     """
     weights = valid / valid.sum().clamp(min=1)
     q_values = agent(obs).gather(-1, actions[:, None]).squeeze(-1)
-    metrics = torch.stack([0.5 * (q_values - targets).square(), q_values]) @ weights  # means over the rows that count
-    return metrics[0], metrics.detach()
+    loss = 0.5 * weights @ (q_values - targets).square()
+    # stacked anew: of a loss that is a view of what is detached beside it, torch.compile loses the gradient
+    return loss, torch.stack([loss, weights @ q_values]).detach()
 
 
 def update(
