@@ -108,7 +108,10 @@ def test_takes_turns_and_goes_on_after_a_failure(agent, results, capsys):
 def test_interrupted_keeps_what_it_measured(agent, results, number):
     command = [sys.executable, ROOT / "benchmarks/fps.py", "--agents", agent, "--modes", "eager", "cudagraphs"]
     command += ["--seconds", "0.1", "--results", results]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a job in the background has none
+    )  # fmt: skip
     pid = agent.with_suffix(".pid")
     while process.poll() is None and not (pid.is_file() and pid.read_text()):
         time.sleep(0.05)  # until the mode that hangs is running
