@@ -304,7 +304,7 @@ def td_loss(agent: Agent, obs, actions, targets, valid):
     weights = valid / valid.sum().clamp(min=1)
     q_values = agent(obs).gather(-1, actions[:, None]).squeeze(-1)
     loss = 0.5 * weights @ (q_values - targets).square()
-    # stacked anew: of a loss that is a view of what is detached beside it, torch.compile loses the gradient
+    # stacked anew: torch.compile loses the gradient of a view of what is returned detached, too (pytorch#195357)
     return loss, torch.stack([loss, weights @ q_values]).detach()
 
 
