@@ -270,7 +270,7 @@ def act_step(agent: Agent, host_obs, obs, gumbel, actions, host_actions, sample_
 
 
 def q_lambda(rewards, values, terminations, dones, gamma: float, lambda_: float):
-    """Q(lambda) targets G [T, N] (Gallici et al. 2024, section 4), values [T + 1, N] being max_a Q(obs, a).
+    """Q(lambda) targets G [T, N] (Gallici et al. 2024), values [T + 1, N] being max_a Q(obs, a).
 
         G[t] = rewards[t] + gamma * ((1 - lambda_) * values[t + 1] + lambda_ * G[t + 1]),  G[T] = values[T]
 
