@@ -296,7 +296,7 @@ def act_step(agent: Agent, host_obs, obs, gumbel, actions, host_actions, sample_
 
 
 def q_lambda(rewards, values, terminations, dones, gamma: float, lambda_: float):
-    """Q(lambda) targets G [T, N] (Gallici et al. 2024, section 4), values [T + 1, N] being max_a Q(obs, a).
+    """Q(lambda) targets G [T, N] (Gallici et al. 2024), values [T + 1, N] being max_a Q(obs, a).
 
         G[t] = rewards[t] + gamma * ((1 - lambda_) * values[t + 1] + lambda_ * G[t + 1]),  G[T] = values[T]
 
@@ -330,7 +330,7 @@ def td_loss(agent: Agent, obs, actions, targets, valid):
     weights = valid / valid.sum().clamp(min=1)
     q_values = agent(obs).gather(-1, actions[:, None]).squeeze(-1)
     loss = 0.5 * weights @ (q_values - targets).square()
-    # stacked anew: of a loss that is a view of what is detached beside it, torch.compile loses the gradient
+    # stacked anew: torch.compile loses the gradient of a view of what is returned detached, too (pytorch#195357)
     return loss, torch.stack([loss, weights @ q_values]).detach()
 
 

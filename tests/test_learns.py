@@ -8,6 +8,7 @@ from conftest import final_json, run_agent
     "agent, env_id, timesteps, least",
     [
         ("ppo", "CartPole-v1", 200_000, 450),
+        ("pqn", "CartPole-v1", 250_000, 450),
         pytest.param("ppo", "Acrobot-v1", 500_000, -90, marks=pytest.mark.slow),
     ],
 )
