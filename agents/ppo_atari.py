@@ -148,7 +148,7 @@ LIMITS = {  # smallest and largest value of each number
     "frame_skip": (1, 1000), "sticky_actions": (0, 1),
 }  # fmt: skip
 METRICS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")
-CPU_MODE = "eager"  # of --mode auto; compiled is no faster, the convolutions are the same
+CPU_MODE = "compile"  # of --mode auto; 1.12 times the steps of eager mode on Breakout, and runs are long
 
 
 # ---- environments ----------------------------------------------------------------------------------------------------
