@@ -156,7 +156,7 @@ class EnvPool:
         self.reset, self.render = pool.reset, pool.render
 
     def step(self, actions):
-        """Take actions [num_envs, ...] of the pool's type; returns obs, rewards, terminations, truncations and infos, a row per env."""
+        """Take actions [num_envs, ...]; returns obs, rewards, terminations, truncations and infos, a row per env."""
         # fast: three times envpool's own `step` for 4 CartPoles; what that spends its time on are nested dictionaries
         self.pool._send([self.env_ids, self.env_ids, actions])
         infos = dict(zip(self.keys, self.pool._recv()))
