@@ -80,11 +80,11 @@ class Args:
     # ---- Environment ----
     env_id: str = "HalfCheetah-v4"
     """name of the environment in envpool"""
-    num_envs: int = 8
+    num_envs: int = 16
     """environments stepped together"""
 
     # ---- Algorithm ----
-    num_steps: int = 256
+    num_steps: int = 128
     """steps of every environment in one rollout"""
     learning_rate: float = 3e-4
     """Adam's learning rate at the start"""
@@ -94,7 +94,7 @@ class Args:
     """discount factor"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
-    num_minibatches: int = 32
+    num_minibatches: int = 16
     """minibatches that one epoch splits the rollout into"""
     update_epochs: int = 10
     """passes over the rollout in one learning phase"""
