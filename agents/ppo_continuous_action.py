@@ -569,6 +569,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return tyro.cli(Args, args=argv, description=__doc__, default=defaults)
 
 
+def check_sizes(args: Args) -> None:
+    """End with a sentence if sizes do not fit together."""
+    if args.batch_size % args.num_minibatches:
+        fail(f"--num-minibatches {args.num_minibatches}: does not divide num_envs x num_steps = {args.batch_size}")
+    if args.total_timesteps < args.batch_size:
+        fail(f"--total-timesteps {args.total_timesteps}: less than num_envs x num_steps = {args.batch_size}")
+
+
 def check_args(args: Args) -> tuple[torch.device, str]:
     """The device and the mode to use; ends with a sentence about the first flag that cannot be meant."""
     if args.env_id not in (ids := envpool.list_all_envs()):
@@ -581,10 +589,7 @@ def check_args(args: Args) -> tuple[torch.device, str]:
         fail("--evaluate: cannot be combined with --resume")
     if args.resume and args.run_dir not in (None, args.resume):
         fail(f"--run-dir {args.run_dir}: a run that goes on by --resume stays in its folder")
-    if args.batch_size % args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches}: does not divide num_envs x num_steps = {args.batch_size}")
-    if args.total_timesteps < args.batch_size:
-        fail(f"--total-timesteps {args.total_timesteps}: less than num_envs x num_steps = {args.batch_size}")
+    check_sizes(args)
     if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", args.device):
         fail(f"--device {args.device}: must be auto, cpu, cuda or cuda:N")
     name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
@@ -631,10 +636,10 @@ def write_json(path: Path, content: dict) -> None:
     write_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def load_checkpoint(run_dir: Path, flag: str, device: torch.device) -> dict:
-    """Read a run's checkpoint.pt onto the device; `flag` is the one that asked for it."""
+def load_checkpoint(run_dir: Path, flag: str) -> dict:
+    """Read a run's checkpoint.pt into the host's memory; `flag` is the one that asked for it."""
     try:
-        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
+        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
         return checkpoint | {"global_step": int(checkpoint["global_step"]), "returns": list(checkpoint["returns"])}
     except FileNotFoundError:
         fail(f"{flag} {run_dir}: that run ended before its first checkpoint")
@@ -650,7 +655,7 @@ def restore(checkpoint: dict, flag: str, agent: nn.Module, optimizer, generator:
             saved.update(group, params=saved["params"])  # lr, capturable, ...: of this device, not the checkpoint
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["device"] == generator.device.type:
-            generator.set_state(checkpoint["generator"].cpu())
+            generator.set_state(checkpoint["generator"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         fail(f"{flag}: the checkpoint there is not one of this agent on this environment ({reason})")
@@ -694,7 +699,7 @@ def main(args: Args, stop=()) -> dict:
     checkpoint = {"global_step": 0, "wall_seconds": 0.0, "returns": []}
     saved = args.evaluate or (args.resume and (run_dir / "checkpoint.pt").exists())  # else killed before the first one
     if saved:
-        checkpoint = load_checkpoint(run_dir, flag, device)
+        checkpoint = load_checkpoint(run_dir, flag)
     global_step, returns = checkpoint["global_step"], deque(checkpoint["returns"], maxlen=100)
     env_seed = (args.seed * 10_000 + global_step) % 2**30  # far from other seeds' environments, and new after a resume
     envs = make_envs(args, 1 if args.evaluate else args.num_envs, env_seed)
@@ -716,7 +721,7 @@ def main(args: Args, stop=()) -> dict:
         state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "returns": list(returns)}
         state |= {"generator": generator.get_state(), "device": device.type}
         torch.save(state | {"global_step": global_step, "wall_seconds": wall_seconds()}, content := io.BytesIO())
-        write_file(run_dir / "checkpoint.pt", content.getvalue())
+        write_file(run_dir / "checkpoint.pt", content.getbuffer())
 
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

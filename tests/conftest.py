@@ -24,9 +24,12 @@ NAMES = sorted(path.stem for path in (ROOT / "agents").glob("*.py"))
 SMALL = {
     "num_envs": 4, "num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "eval_episodes": 2, "torch_threads": 1,
     "env_threads": 1, "learning_rate": 0.01, "buffer_size": 1024, "batch_size": 16, "learning_starts": 64,
+    "target_network_frequency": 20,
 }  # fmt: skip
 SMALL_ATARI = {"env_id": "Breakout-v5", "num_envs": 2, "frame_skip": 16, "update_epochs": 1, "learning_rate": 0.001}
+SMALL_ATARI |= {"end_e": 0.3}  # for scores other than 0
 SMALL_CONTINUOUS = {"env_id": "LunarLanderContinuous-v3", "num_steps": 64}  # quick to end, and to draw
+SMALL_CONTINUOUS |= {"learning_starts": 600}  # some games
 KEPT = {"config.json", "checkpoint.pt", "summary.json"}  # beside the event file and the copy of the script
 
 
@@ -129,8 +132,11 @@ class Result:
 
     @property
     def messages(self) -> list[str]:
-        """Lines of stderr, less the progress bar, which draws itself over and over after a carriage return."""
+        """Lines of stderr, less the size of a replay buffer, which every run tells that has one, and less the progress
+        bar, which draws itself over and over after a carriage return.
+        """
         lines = re.split("[\r\n]+", self.stderr)
+        lines = [line for line in lines if not line.startswith("replay buffer: ")]
         return [line for line in lines if line.strip() and not line.rstrip().endswith("]")]
 
 
@@ -221,6 +227,12 @@ def runs(tmp_path_factory):
         return Run(agent, argv, cwd / "run", run_agent(agent, *argv, cwd=cwd))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def compiler_cache(tmp_path_factory):
+    """A folder for what the compiler keeps, empty at first; headers are compiled into it once for all tests."""
+    return tmp_path_factory.mktemp("inductor")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,6 +1,7 @@
 """Eager, compiled and captured: the same functions, so the same weights."""
 
 import copy
+import functools
 from types import SimpleNamespace
 
 import gymnasium
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import agents_with, continuous
+from torch.utils._python_dispatch import TorchDispatchMode
 
 needs_gpu = pytest.mark.gpu
 MODES = ["compile", *(pytest.param(mode, marks=needs_gpu) for mode in ("cudagraphs", "compile-cudagraphs"))]
@@ -15,7 +17,11 @@ MODES = ["compile", *(pytest.param(mode, marks=needs_gpu) for mode in ("cudagrap
 
 def build(module, mode, device, **settings):
     """An agent whose steps and learning phase are bound to `mode`, beside what they are bound to."""
-    args = module.Args(num_envs=4, num_steps=8, num_minibatches=2, update_epochs=2, **settings)
+    sizes, replays = {"num_steps": 8, "num_minibatches": 2, "update_epochs": 2}, hasattr(module, "collect")
+    if replays:  # two updates for one step of every environment
+        ratio = {"train_frequency": 2} if "dqn" in module.__name__ else {"utd": 0.5}
+        sizes = ratio | {"batch_size": 8, "buffer_size": 64}
+    args = module.Args(num_envs=4, **sizes, **settings)
     pixels = "atari" in module.__name__
     box = gymnasium.spaces.Box
     pictures = 1 if "lstm" in module.__name__ else 4
@@ -33,10 +39,24 @@ def build(module, mode, device, **settings):
     kind, options = torch.optim.Adam, {"eps": 1e-5, "fused": True}
     if "pqn" in module.__name__:
         kind, options = torch.optim.RAdam, {"foreach": True}
-    optimizer = kind(agent.parameters(), lr, capturable=device == "cuda", **options)
+    optimizer = kind(trained(agent), lr, capturable=device == "cuda", **options)
     rollout, metrics = module.Rollout(args, envs, torch.device(device)), torch.zeros(len(module.METRICS), device=device)
-    acts, learn = module.accelerate(mode, agent, optimizer, rollout, args, metrics)
+    if replays:
+        replay = getattr(module, "Replay", getattr(module, "FrameReplay", None))(64, rollout, torch.device(device))
+        acts, store, update = module.accelerate(mode, agent, optimizer, replay, rollout, args, metrics)
+
+        def learn():
+            store()
+            update()
+
+    else:
+        acts, learn = module.accelerate(mode, agent, optimizer, rollout, args, metrics)
     return SimpleNamespace(**locals())
+
+
+def trained(agent):
+    """The parameters that gradients change; those of target networks follow them."""
+    return [p for p in agent.parameters() if p.requires_grad]
 
 
 def iterate(it, number):
@@ -55,6 +75,8 @@ def iterate(it, number):
     it.rollout.host_rewards.copy_(torch.tensor(rng.normal(size=it.rollout.rewards.shape)))
     it.rollout.host_dones[-1].copy_(torch.tensor(dones[-1]))
     it.rollout.host_terminations.copy_(torch.tensor(dones[1:] & (rng.random(dones[1:].shape) < 0.5)))
+    if hasattr(it.rollout, "host_ages"):
+        it.rollout.host_ages.copy_(torch.tensor(rng.integers(4, size=it.rollout.ages.shape)))
     it.learn()
     drawn, taken = it.rollout.actions.cpu(), torch.stack(actions)
     assert torch.equal(taken, drawn.clamp(-1, 1).double() if continuous(it.module.__name__) else drawn.int())
@@ -62,7 +84,7 @@ def iterate(it, number):
 
 
 def weights(it):
-    return torch.cat([p.detach().flatten().cpu() for p in it.agent.parameters()])
+    return torch.cat([p.detach().flatten().cpu() for p in trained(it.agent)])
 
 
 def same_actions(it, one, other):
@@ -73,16 +95,28 @@ def device_of(mode):
     return "cuda" if "cudagraphs" in mode else "cpu"
 
 
+@functools.cache
+def ten_iterations(module, mode):
+    """The agent in eager mode and in `mode`, both after the same ten iterations, and what was seen on the way.
+
+    For the first test of each to compare, and the second to go on with.
+    """
+    eager, fast = (build(module, m, device_of(mode)) for m in ("eager", mode))
+    start, seen = weights(eager), []
+    assert torch.equal(start, weights(fast)), "the warm-up has to leave no trace"
+    for number in range(10):
+        seen.append((iterate(eager, number), iterate(fast, number), eager.metrics.clone(), fast.metrics.clone()))
+    return eager, fast, start, seen
+
+
 @pytest.mark.parametrize("module", agents_with("accelerate", "sample_actions"))
 @pytest.mark.parametrize("mode", MODES)
 def test_ten_updates_give_the_same_weights(module, mode):
-    eager, fast = (build(module, m, device_of(mode)) for m in ("eager", mode))
-    start = weights(eager)
-    assert torch.equal(start, weights(fast)), "the warm-up has to leave no trace"
-    for number in range(10):
-        assert same_actions(eager, iterate(eager, number), iterate(fast, number))
+    eager, fast, start, seen = ten_iterations(module, mode)
+    for number, (actions, same, metrics, close) in enumerate(seen):
+        assert same_actions(eager, actions, same)
         if number == 0:  # later ones differ by what rounding has grown to
-            torch.testing.assert_close(eager.metrics, fast.metrics, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(metrics, close, rtol=1e-4, atol=1e-5)
     for one, other in zip(eager.agent.buffers(), fast.agent.buffers(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     moved, apart = (weights(eager) - start).norm(), (weights(eager) - weights(fast)).norm()
@@ -94,8 +128,7 @@ def test_ten_updates_give_the_same_weights(module, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_what_changes_outside_takes_effect_inside(module, mode):
     """The learning rate, the parameters, the noise and epsilon are read at every call, not frozen at the first."""
-    it = build(module, mode, device_of(mode))
-    iterate(it, 0)
+    _, it, _, _ = ten_iterations(module, mode)
     before = weights(it)
     it.lr.zero_()
     iterate(it, 1)
@@ -103,7 +136,7 @@ def test_what_changes_outside_takes_effect_inside(module, mode):
     first = iterate(it, 2)
     assert not torch.equal(first, iterate(it, 3)), "other noise, other actions"
     with torch.no_grad():
-        head = next(m for m in it.agent.modules() if getattr(m, "out_features", 0) == 3)
+        head = next(m for m in it.agent.modules() if getattr(m, "out_features", 0) in (3, 6))  # 6: with deviations
         head.bias[0] += 50
     actions = iterate(it, 4)
     chosen = actions[..., 0] == 1 if continuous(module.__name__) else actions == 0
@@ -121,12 +154,35 @@ def test_warm_up_leaves_no_trace(module):
     states = it.optimizer.state
     before = copy.deepcopy((it.agent.state_dict(), it.optimizer.state_dict()["state"]))
     tensors = [*it.agent.parameters(), *it.agent.buffers(), *(x for s in states.values() for x in s.values())]
+    tensors += it.replay.buffers() if it.replays else []
     module.warm_up(it.learn, lambda: tensors)
     after = it.agent.state_dict(), it.optimizer.state_dict()["state"]
     for old, new in zip(before[0].values(), after[0].values()):
         assert torch.equal(old, new)
     for old, new in zip(before[1].values(), after[1].values()):
         assert all(torch.equal(old[key], new[key]) for key in old)
+
+
+class NoReads(TorchDispatchMode):
+    """Fails at whatever would make the host wait for a device, and so could not be captured."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("module", agents_with("accelerate"))
+def test_no_step_reads_a_tensor_on_the_host(module, monkeypatch):
+    """What a CUDA graph could not hold shows on a CPU as well."""
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoReads():
+        torch.arange(3)[torch.tensor(1)]
+    it = build(module, "eager", "cpu")
+    iterate(it, 0)
+    monkeypatch.setattr(it.optimizer, "step", lambda: None)  # on a CPU it may: capturable=True is for CUDA
+    with NoReads():
+        for act in it.acts:
+            act()
+        it.learn()
 
 
 @pytest.mark.gpu

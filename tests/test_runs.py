@@ -115,6 +115,10 @@ def test_logs_curves(agent, runs):
         assert tags >= {"losses/policy_loss", "losses/value_loss", "losses/entropy", "charts/learning_rate"}
     if agent.startswith("pqn"):
         assert tags >= {"losses/td_loss", "losses/q_values", "charts/epsilon", "charts/learning_rate"}
+    if agent.startswith("dqn"):
+        assert tags >= {"losses/td_loss", "losses/q_values", "charts/epsilon", "charts/learning_rate"}
+    if agent.startswith(("sac", "td3")):
+        assert tags >= {"losses/q_loss", "losses/q_values", "losses/policy_loss"}
     for tag in tags:
         steps = [point.step for point in events.Scalars(tag)]
         assert steps == sorted(set(steps)) and all(math.isfinite(point.value) for point in events.Scalars(tag))
@@ -178,14 +182,19 @@ def test_evaluates_a_run(agent, runs, cli, tmp_path):
     assert other["eval_episodes"] == 3 and other["eval_return_mean"] != first["eval_return_mean"]
 
 
-@each_agent
+def unless_default(agent):
+    """The compiled mode as a test, slow for an agent that a CPU runs in another: test_modes_agree compiles all."""
+    return pytest.param(agent, marks=[] if agent_named(agent).CPU_MODE == "compile" else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("agent", map(unless_default, NAMES))
 @pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
-def test_trains_compiled(agent, tmp_path):
+def test_trains_compiled(agent, tmp_path, compiler_cache):
     """The compiled mode of the CPU runs from start to end, does compile, and its compilation is counted apart."""
-    argv, cache = tiny(agent, mode="compile", eval_episodes=1, run_dir="run"), tmp_path / "cache"
-    result = run_agent(agent, *argv, cwd=tmp_path, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)})
+    argv, before = tiny(agent, mode="compile", eval_episodes=1, run_dir="run"), set(compiler_cache.rglob("*.so"))
+    result = run_agent(agent, *argv, cwd=tmp_path, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(compiler_cache)})
     summary, _ = check_run(agent, argv, tmp_path, result, "cpu", "compile")
-    assert list(cache.rglob("*.so")), "nothing was compiled"
+    assert set(compiler_cache.rglob("*.so")) > before, "nothing was compiled"
     assert summary["compile_seconds"] > 1
 
 
