@@ -36,16 +36,20 @@ def test_of_equal_q_values_one_is_taken(module):
         (1, [1 - 0.09 * i for i in range(10)]),
     ],
 )
-def test_epsilon_falls_to_its_end_and_stays_there(fraction, expected, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["dqn", "pqn"])
+def test_epsilon_falls_to_its_end_and_stays_there(name, fraction, expected, tmp_path, monkeypatch):
     """Training begins with start_e; end_e is reached after exploration_fraction, and what the evaluation plays with."""
-    epsilons, module = [], agent_named("pqn")
+    epsilons, module = [], agent_named(name)
 
     def record(function):
         return lambda agent, *rest: (epsilons.append(agent.epsilon.item()), function(agent, *rest))[1]
 
     for name in ("update", "evaluate"):
         monkeypatch.setattr(module, name, record(getattr(module, name)))
-    sizes = {"num_envs": 2, "num_steps": 8, "num_minibatches": 1, "update_epochs": 1, "total_timesteps": 160}
-    settings = sizes | {"end_e": 0.1, "exploration_fraction": fraction, "eval_episodes": 1}
+    sizes = {"num_steps": 8, "num_minibatches": 1, "update_epochs": 1}
+    if name == "dqn":
+        sizes = {"train_frequency": 16, "batch_size": 2, "learning_starts": 0}
+    settings = sizes | {"num_envs": 2, "total_timesteps": 160, "eval_episodes": 1}
+    settings |= {"end_e": 0.1, "exploration_fraction": fraction}
     module.main(module.Args(**settings, run_dir=str(tmp_path / "run")))
     assert epsilons == pytest.approx([*expected, 0.1])

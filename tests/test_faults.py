@@ -68,16 +68,20 @@ def bad_input(agent: str) -> list:
     sizes = "total_timesteps num_envs num_steps num_minibatches update_epochs buffer_size batch_size frame_skip"
     cases += [({name: value}, str(value)) for name in sizes.split() for value in (0, -1)]
     reals = ["learning_rate", "gamma", "gae_lambda", "ent_coef", "max_grad_norm", "checkpoint_minutes"]
-    reals += ["q_lambda", "start_e", "end_e", "exploration_fraction"]
+    reals += ["q_lambda", "start_e", "end_e", "exploration_fraction", "tau", "utd", "policy_lr", "exploration_noise"]
     cases += [({name: value}, str(value)) for name in reals for value in (-0.5, "nan", "inf")]
     cases += [({"gamma": 1.5}, "1.5"), ({"seed": -1}, "-1"), ({"seed": 2**40}, ""), ({"eval_episodes": -1}, "-1")]
     cases += [({"num_minibatches": 3}, "3"), ({"total_timesteps": 1}, "1")]
+    cases += [
+        ({"buffer_size": 1, "num_envs": 2}, "1"),
+        ({"learning_starts": 10**6, "total_timesteps": 1000}, "1000000"),
+    ]
     if not torch.cuda.is_available():
         cases.append(({"device": "cuda"}, "cuda"))
     return [
         pytest.param(agent, changes, value, id=f"{agent}-{'-'.join(map(str, changes.items()))}")
         for changes, value in cases
-        if changes.keys() <= settings(agent) and not ("total_timesteps" in changes and value == "1" and "dqn" in agent)
+        if changes.keys() <= settings(agent)
     ]
 
 
@@ -380,7 +384,8 @@ def test_non_finite_loss_ends_a_run(agent, cli, tmp_path, monkeypatch, capfd):
     with pytest.raises(SystemExit) as end:
         module.main(module.parse_args(argv))
     out, err = capfd.readouterr()
-    check_failure(Result(end.value.code, out, err), "not finite", "--learning-rate", status=1)
+    flag = "--learning-rate" if "learning_rate" in settings(agent) else "--q-lr"
+    check_failure(Result(end.value.code, out, err), "not finite", flag, status=1)
     assert 0 < read_checkpoint(tmp_path / "run")["global_step"] < total
     assert not list((tmp_path / "run").glob("*.tmp"))
     monkeypatch.undo()

@@ -134,7 +134,7 @@ def test_actions_are_drawn_with_the_policys_frequencies(module):
     torch.testing.assert_close(frequencies, logits[0].softmax(-1), rtol=0, atol=0.005)
 
 
-@pytest.mark.parametrize("module", by_actions("sample_actions", real=True))
+@pytest.mark.parametrize("module", by_actions("ppo_loss", real=True))
 def test_real_actions_are_gaussian_and_clipped_for_the_environment(module):
     agent, nan = Table(torch.tensor([[0.5, -2.0]]), torch.zeros(1)).requires_grad_(False), float("nan")
     low, high = torch.tensor([[-1.0, -0.4], [1.0, 0.4]], dtype=torch.float64)
@@ -153,7 +153,7 @@ def test_real_actions_are_gaussian_and_clipped_for_the_environment(module):
     assert torch.equal(drawn.isnan(), broken.isnan()), "and the loss gets what was drawn"
 
 
-@pytest.mark.parametrize("module", agents_with("draw_noise"))
+@pytest.mark.parametrize("module", agents_with("ppo_loss") + agents_with("q_lambda"))
 def test_noise_is_as_told_and_permutations_fresh_every_time(module):
     name = "noise" if continuous(module.__name__) else "gumbel"
     mean, variance = (0, 1) if continuous(module.__name__) else (np.euler_gamma, np.pi**2 / 6)
