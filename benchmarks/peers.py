@@ -44,8 +44,9 @@ class Peer:
 
 PEERS = {
     "sb3": Peer(
-        "sb3_ppo.py", ["stable-baselines3==2.9.2", "gymnasium[atari,mujoco]==1.4.0", "opencv-python-headless", TORCH],
-        ("cartpole", "cartpole-defaults", "breakout", "halfcheetah"),
+        "sb3.py", ["stable-baselines3==2.9.2", "gymnasium[atari,mujoco]==1.4.0", "opencv-python-headless", TORCH],
+        ("cartpole", "cartpole-defaults", "breakout", "halfcheetah",
+         "dqn", "dqn-defaults", "dqn-breakout", "sac", "td3"),
     ),
     "torchrl": Peer("torchrl_ppo.py", ["torchrl==0.14.1", "gymnasium==1.4.0", TORCH], ("cartpole",)),
     # Sample Factory and PufferLib bring a gymnasium before 1.0 themselves; CartPole-v1 is the same there
@@ -54,12 +55,28 @@ PEERS = {
 }  # fmt: skip
 CLASSIC = {"num_steps": 128, "num_minibatches": 4, "update_epochs": 4, "learning_rate": 2.5e-4, "ent_coef": 0.01}
 MUJOCO = {"num_steps": 2048, "num_minibatches": 32, "update_epochs": 10, "learning_rate": 3e-4, "ent_coef": 0.0}
-SHARED = {"gamma": 0.99, "gae_lambda": 0.95, "vf_coef": 0.5, "max_grad_norm": 0.5, "normalize": False}  # our defaults
+SHARED = {
+    "algorithm": "ppo",
+    "gamma": 0.99,
+    "gae_lambda": 0.95,
+    "vf_coef": 0.5,
+    "max_grad_norm": 0.5,
+    "normalize": False,
+}  # our defaults
 # torch_threads as in ours: one for networks this small, which with more lose time to handing out work; 0 is torch's own
 CARTPOLE = SHARED | CLASSIC | {"env_id": "CartPole-v1", "num_envs": 4, "clip_coef": 0.2, "torch_threads": 1}
 BREAKOUT = SHARED | CLASSIC | {"env_id": "BreakoutNoFrameskip-v4", "num_envs": 8, "clip_coef": 0.1, "torch_threads": 0}
 CHEETAH = SHARED | MUJOCO | {"env_id": "HalfCheetah-v4", "num_envs": 1, "clip_coef": 0.2, "torch_threads": 1}
 CHEETAH |= {"normalize": True}
+# one environment, as these are used; ours take as many updates for their environment steps, however many they have
+REPLAY = {"num_envs": 1, "gamma": 0.99, "learning_starts": 1_000, "torch_threads": 0}
+DQN = REPLAY | {"algorithm": "dqn", "env_id": "CartPole-v1", "learning_rate": 2.5e-4, "buffer_size": 10_000, "tau": 1.0}
+DQN |= {"batch_size": 128, "train_frequency": 10, "target_network_frequency": 500, "torch_threads": 1}
+DQN_BREAKOUT = DQN | {"env_id": "BreakoutNoFrameskip-v4", "learning_rate": 1e-4, "batch_size": 32, "train_frequency": 4}
+DQN_BREAKOUT |= {"buffer_size": 20_000, "target_network_frequency": 1_000, "torch_threads": 0}
+SAC = REPLAY | {"algorithm": "sac", "env_id": "HalfCheetah-v4", "learning_rate": 3e-4, "buffer_size": 100_000}
+SAC |= {"batch_size": 256, "train_frequency": 1, "tau": 0.005}
+STARTS, PIXELS = {"learning_starts": 1_000}, {"env_id": "Breakout-v5", "buffer_size": 20_000}
 
 
 def flags(rules: dict, **others) -> list[str]:
@@ -75,6 +92,11 @@ COMPARISONS = {  # name: our agent, our flags, the peers' settings, the steps th
     "halfcheetah": (
         "ppo_continuous_action", flags(MUJOCO, env_id="HalfCheetah-v4", num_envs=1), CHEETAH, 20_480, 12_288,
     ),
+    "dqn": ("dqn", flags(STARTS, num_envs=1), DQN, 20_000, 20_000),
+    "dqn-defaults": ("dqn", flags(STARTS), DQN, 60_000, 20_000),
+    "dqn-breakout": ("dqn_atari", flags(STARTS | PIXELS), DQN_BREAKOUT, 4_000, 2_000),
+    "sac": ("sac_continuous_action", flags(STARTS), SAC, 3_000, 1_000),
+    "td3": ("td3_continuous_action", flags(STARTS), SAC | {"algorithm": "td3"}, 3_000, 1_000),
 }  # fmt: skip
 
 
@@ -208,22 +230,22 @@ def compare(name: str, args: Args, pythons: dict[str, Path], failed: dict[str, s
 
 
 def table(rows: list[dict]) -> str:
-    """The newest row of every comparison, peer and mode in markdown."""
-    newest = {}  # {(comparison, peer): {mode: row}}; a failure is that of all modes
+    """The newest row of every comparison, peer, machine and mode in markdown."""
+    newest = {}  # {(comparison, peer, cpu, cores): {mode: row}}; a failure is that of all modes
     for row in rows:
-        key = row["comparison"], row.get("peer_name") or next(iter(row["sps"]))
+        key = row["comparison"], row.get("peer_name") or next(iter(row["sps"])), row["cpu"], row["cores"]
         measured = {mode: old for mode, old in newest.get(key, {}).items() if "failed" not in old}
         newest[key] = {"–": row} if "failed" in row else measured | dict.fromkeys(row["ratios"], row)
     lines = ["| Comparison | Agent | Peer | Mode | × peer's SPS | Turns | SPS | Peer's SPS | Machine | Measured |"]
     lines += ["|---|---|---|---|---|---:|---:|---:|---|---|"]
-    for (comparison, peer), modes in newest.items():
+    for (comparison, peer, cpu, cores), modes in newest.items():
         for mode, row in modes.items():
             cells = ["failed: " + row.get("failed", "").replace("|", "/"), "–", "–", "–"]
             if "failed" not in row:
                 ratios = row["ratios"][mode]
                 cells = [f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})", str(len(ratios))]
                 cells += [f"{statistics.median(row['sps'][side]):,.0f}" for side in (mode, peer)]
-            where = [f"{row['cpu']}, {row['cores']} cores", f"{row['date']} {row['commit']}"]
+            where = [f"{cpu}, {cores} core{'s' if cores > 1 else ''}", f"{row['date']} {row['commit']}"]
             lines.append("| " + " | ".join([comparison, row["agent"], row["peer"], mode, *cells, *where]) + " |")
     return "\n".join(lines)
 

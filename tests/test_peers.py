@@ -168,6 +168,8 @@ def test_table_shows_the_newest_row_of_each(tmp_path):
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     assert "eager" not in peers.table(rows) and peers.table(rows).count("failed") == 2
     assert peers.table([*rows, old]).count("failed") == 1
+    text = peers.table([old, old | {"cores": 1}])
+    assert "| CPU, 2 cores |" in text and "| CPU, 1 core |" in text, "a machine of another size has a row of its own"
 
 
 def test_rows_of_before_stay_readable():
