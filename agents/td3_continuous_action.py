@@ -435,7 +435,7 @@ def update(agent: Agent, optimizer, replay: Replay, rollout: Rollout, args: Args
 
 @torch.no_grad()
 def evaluate(agent: Agent, envs, episodes: int, generator: torch.Generator, stop=(), frames=None) -> list[float]:
-    """True returns of `episodes` whole games, actions sampled from the policy as in training; fewer after a `stop`.
+    """True returns of `episodes` whole games, played without the noise of training; fewer after a `stop`.
 
     Each environment plays a share of the games fixed beforehand: first come, first counted would favour short games.
     `frames`, a list, gets the pictures [height, width, 3] uint8 of the first environment.
