@@ -93,7 +93,7 @@ def test_refuses_bad_settings(agent, changes, value, cli, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@each_agent
+@pytest.mark.parametrize("agent", ["ppo"])  # the code of it is the same in all
 def test_refuses_in_a_process_of_its_own(agent, tmp_path):
     """What the other tests see inside this process is what a user sees: one line and the status."""
     check_failure(run_agent(agent, "--env-id", "Breakot-v4", cwd=tmp_path), "--env-id", "Breakout")

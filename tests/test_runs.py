@@ -162,7 +162,7 @@ def test_evaluates_a_run(agent, runs, cli, tmp_path):
     done = runs(agent)
     before, modified = contents(done.path), {path: path.stat().st_mtime_ns for path in done.path.iterdir()}
     argv = ["--evaluate", str(done.path)]
-    result = run_agent(agent, *argv, cwd=tmp_path)
+    result = cli(agent, *argv)
     assert len(result.stdout.splitlines()) == 1
     trained, first, second = final_json(done.result), final_json(result), final_json(cli(agent, *argv))
     for name in ("agent", "env_id", "seed", "global_step", "eval_episodes", "eval_return_mean", "eval_return_std"):
