@@ -780,7 +780,7 @@ def main(args: Args, stop=()) -> dict:
     progress = tqdm(desc=args.env_id, total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True,
                     mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True)  # fmt: skip
     host_obs[:], _ = envs.reset()
-    dones = overs = np.zeros(args.num_envs, dtype=bool)
+    dones = overs = lives = np.zeros(args.num_envs, dtype=bool)
     ages = np.zeros(args.num_envs, dtype=np.int64)  # frames of the same game before the newest one, as far as stacked
     running, finished = np.zeros((2, args.num_envs)), []  # returns and lengths of games under way; those of ended ones
     first, last = math.ceil(global_step / args.iteration_steps) + 1, args.num_iterations
@@ -806,7 +806,9 @@ def main(args: Args, stop=()) -> dict:
                 arrived.synchronize()  # sync: the actions have arrived in host_actions; the one wait of the loop
             obs, rewards, terminations, truncations, infos = envs.step(host_actions)
             host_obs[:], host_rewards[t], host_terminations[t] = obs, rewards, terminations
-            ages = np.where(overs, 0, np.minimum(ages + 1, replay.depth - 1))  # the row after the end of a game is new
+            # a new game follows the end of one, which can also come unseen, in the pause after a lost life
+            fresh = overs | (dones & (infos["info:lives"] > lives))
+            ages, lives = np.where(fresh, 0, np.minimum(ages + 1, replay.depth - 1)), infos["info:lives"]
             true_rewards, overs = true_game(rewards, terminations, truncations, infos)
             running += true_rewards, ~dones
             dones = terminations | truncations

@@ -44,8 +44,8 @@ def test_epsilon_falls_to_its_end_and_stays_there(name, fraction, expected, tmp_
     def record(function):
         return lambda agent, *rest: (epsilons.append(agent.epsilon.item()), function(agent, *rest))[1]
 
-    for name in ("update", "evaluate"):
-        monkeypatch.setattr(module, name, record(getattr(module, name)))
+    for function in ("update", "evaluate"):
+        monkeypatch.setattr(module, function, record(getattr(module, function)))
     sizes = {"num_steps": 8, "num_minibatches": 1, "update_epochs": 1}
     if name == "dqn":
         sizes = {"train_frequency": 16, "batch_size": 2, "learning_starts": 0}

@@ -187,7 +187,7 @@ def unless_default(agent):
     return pytest.param(agent, marks=[] if agent_named(agent).CPU_MODE == "compile" else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("agent", map(unless_default, NAMES))
+@pytest.mark.parametrize("agent", [unless_default(name) for name in NAMES])
 @pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
 def test_trains_compiled(agent, tmp_path, compiler_cache):
     """The compiled mode of the CPU runs from start to end, does compile, and its compilation is counted apart."""
