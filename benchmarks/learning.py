@@ -226,7 +226,8 @@ class Job:
             now = {"date": fps.now()} | find_code(self.script)
             return self.about | now | {"failed": fps.reason(said, code)}
         record = self.about | read_run(self.run_dir)
-        self.run_dir.rename(self.run_dir.with_name(f"{self.run_dir.name}__{time.strftime('%Y%m%d-%H%M%S')}"))
+        now = f"{datetime.now():%Y%m%d-%H%M%S-%f}"  # two runs alike may end within a second
+        self.run_dir.rename(self.run_dir.with_name(f"{self.run_dir.name}__{now}"))
         return record
 
 
