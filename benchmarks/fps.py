@@ -129,17 +129,23 @@ def profile() -> None:
     trace, skipped, *agent = sys.argv[1:]
     Path(trace).unlink(missing_ok=True)
 
-    def write(profiler):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        table = profiler.key_averages().table(f"self_{device}_time_total", row_limit=10, max_name_column_width=50)
-        Path(trace).with_suffix(".txt").write_text(table)
-        profiler.export_chrome_trace(trace)
+    update, updates = tqdm.update, itertools.count(1)
+    profiler = torch.profiler.profile()  # begun after compilation, which fails under it
 
-    schedule = torch.profiler.schedule(wait=int(skipped) - 1, warmup=1, active=1, repeat=1)
-    with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:
-        update = tqdm.update
-        tqdm.update = lambda bar, n=1: (update(bar, n), profiler.step())
-        run_script(agent)
+    def recorded_update(bar, n=1):
+        update(bar, n)
+        number = 0 if bar.disable else next(updates)  # the compiler has bars, too, which show nothing
+        if number == int(skipped):
+            profiler.start()
+        elif number == int(skipped) + 1:
+            profiler.stop()
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            table = profiler.key_averages().table(f"self_{device}_time_total", row_limit=10, max_name_column_width=50)
+            Path(trace).with_suffix(".txt").write_text(table)
+            profiler.export_chrome_trace(trace)
+
+    tqdm.update = recorded_update
+    run_script(agent)
     if not Path(trace).is_file():
         sys.exit("error: no iteration was recorded, for want of enough updates of a progress bar")
     print(json.dumps({"trace": trace}))
