@@ -288,9 +288,13 @@ def describe_gpu() -> dict:
 
 
 def describe_cpu() -> dict:
-    """The processor's name and how many of its cores this process may use, by affinity and control group."""
+    """The processor's name with the widest vectors it computes in, which virtual machines leave out of the name, and
+    how many of its cores this process may use, by affinity and control group.
+    """
     try:
-        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+        name, flags = (re.search(rf"{key}\s*: (.*)", Path("/proc/cpuinfo").read_text())[1] for key in ("name", "flags"))
+        widest = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "avx512f": "AVX512", "avx2": "AVX2"}
+        name += next((f" ({title})" for flag, title in widest.items() if flag in flags.split()), "")
     except (OSError, TypeError):
         name = platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import fps
 import torch
 import tyro
 
@@ -275,9 +276,7 @@ def machine() -> dict:
     """What measured: commit, processor, versions, date and command."""
     describe = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = next((line.split(": ")[1] for line in cpuinfo.splitlines() if "model name" in line), platform.processor())
-    facts = {"commit": commit.strip(), "cpu": cpu, "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}
+    facts = {"commit": commit.strip()} | fps.describe_cpu() | {"torch": torch.__version__}
     facts |= {"python": platform.python_version(), "date": datetime.now(UTC).date().isoformat()}
     return facts | {"command": " ".join(["python benchmarks/peers.py", *sys.argv[1:]])}
 

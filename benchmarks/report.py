@@ -87,7 +87,7 @@ def read_results(path: Path) -> list[dict]:
 def machine(record: dict) -> str:
     """The machine's name: its processor and, for runs on a GPU, that GPU."""
     cpu = re.sub(r"\((R|TM)\)| CPU| Processor| @.*| \d+-Core", "", record["cpu"])
-    cpu = f"{cpu.strip()}, {record['cores']} cores"
+    cpu = f"{cpu.strip()}, {record['cores']} core{'s' * (record['cores'] > 1)}"
     if not record["device"].startswith("cuda"):
         return cpu
     watts = f" {record['gpu_power_limit_watts']:.0f} W" if record["gpu_power_limit_watts"] else ""
