@@ -18,6 +18,7 @@ The defaults are the paper's Atari settings. Differs from the paper in
 - returns, logged and evaluated, are those of whole games, unclipped, however rewards and lives train the agent.
 """
 
+import atexit
 import difflib
 import importlib.util
 import io
@@ -155,7 +156,9 @@ LIMITS = {  # smallest and largest value of each number
 }  # fmt: skip
 METRICS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")
 CPU_MODE = "compile"  # of --mode auto; 1.12 times the steps of eager mode on Breakout, and runs are long
-MEETING, BEAT, PATIENCE = 55, 5, 30  # seconds: to the first meeting, between signs of life, until silence is a loss
+MEETING = 55  # seconds in which all ranks have to have started
+BEAT = 5  # seconds between two signs of life of a rank
+PATIENCE = 30  # seconds of silence after which a rank is lost
 
 
 # ---- environments ----------------------------------------------------------------------------------------------------
@@ -543,7 +546,10 @@ def join_ranks() -> None:
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(hours=1))
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE))
     late.cancel()
-    threading.Thread(target=watch_ranks, args=[group], daemon=True).start()
+    ending = threading.Event()
+    watch = threading.Thread(target=watch_ranks, args=[group, ending], daemon=True)
+    watch.start()
+    atexit.register(lambda: (ending.set(), watch.join()))  # Python must not end while its thread is in there
 
 
 def meet():
@@ -562,7 +568,7 @@ def meet():
         time.sleep(0.05)
 
 
-def watch_ranks(group) -> None:
+def watch_ranks(group, ending: threading.Event) -> None:
     """End this process when another one died or is out of reach: the work of a thread, whatever the others wait for.
 
     A captured all_reduce has no time limit, and a cut cable closes no connection: only silence tells.
@@ -570,20 +576,27 @@ def watch_ranks(group) -> None:
     try:
         while dist.is_initialized():
             dist.all_reduce(torch.zeros(1), group=group)
-            time.sleep(BEAT)
+            if ending.wait(BEAT):
+                break
     except (RuntimeError, ValueError) as error:
-        time.sleep(2)  # an end in good order closes connections too, and is over by then
-        if dist.is_initialized():
+        # an end in good order closes connections too, and is over by then
+        if not ending.wait(2) and dist.is_initialized():
             lost(error)
 
 
 def lost(reason) -> None:
-    """End this process at once, with a sentence: an orderly end could wait for the lost rank for ever."""
+    """End this process with a sentence; at once, since an orderly end could wait for the lost rank for ever."""
     who = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
     why = re.sub(r"\[/\S+\] ", "", str(reason)).splitlines()[0].split(". ")[0]  # without a place in torch's sources
     tqdm.write(f"error: {who} lost contact with another: {why}", file=sys.stderr)
+    end_at_once(1)
+
+
+def end_at_once(status: int) -> None:
+    """End this process without anything that may take time: torchrun kills the others soon after the first one."""
+    sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(status)
 
 
 @contextmanager
@@ -624,7 +637,7 @@ def from_rank_0(function: Callable, *arguments, everywhere: bool = False):
     with contact():
         dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
-        sys.exit(outcome[1])
+        end_at_once(outcome[1])
     if dist.get_rank() == 0:
         return result
     return function(*arguments) if everywhere else outcome[0]
