@@ -235,10 +235,10 @@ def play_sides(folder: str, module_name: str = NAME, seed: str = "1", num_envs: 
     if module is multi:
         module.join_ranks()
     rank, machine = os.environ.get("RANK", "0"), {"device": "cpu", "precision": "fp32", "torch_threads": 1}
-    sizes = {"num_envs": num_envs, "num_steps": 16, "num_minibatches": 2, "total_timesteps": 20 * 16 * 16}
+    sizes = {"num_envs": num_envs, "num_steps": 16, "num_minibatches": 2, "total_timesteps": 14 * 16 * 16}
     run_dir = f"{folder}/{module_name}{seed}"
     args = module.Args(int(seed), **sizes, **machine, mode="eager", learning_rate=1e-3, run_dir=run_dir)
-    summary = module.main(args)
+    summary = json.loads(json.dumps(module.main(args)))  # torch's version is no plain text
     patch.undo()
     torch.save({"made": made[0], "noise": noise[0], "summary": summary}, f"{folder}/{module_name}{seed}-{rank}.pt")
 
@@ -259,7 +259,6 @@ def test_two_ranks_learn_as_fast_as_one_process(seed, two_ranks, tmp_path):
         result = finish(process)
         assert result.returncode == 0, result.stderr
     ours, theirs = curve(tmp_path / f"{NAME}{seed}"), curve(tmp_path / f"ppo_atari{seed}")
-    print(ours.round(2), theirs.round(2))
     assert theirs[-5:].mean() > 0.9, "the task can be learnt"
     assert ours[-5:].mean() > 0.9 and ours.mean() > theirs.mean() - 0.15
 
@@ -270,7 +269,7 @@ def test_two_ranks_learn_as_fast_as_one_process(seed, two_ranks, tmp_path):
     assert second["summary"] == {}
     summary = strict_json((tmp_path / f"{NAME}{seed}/summary.json").read_text())
     assert summary["ranks"] == 2 and summary["num_envs"] == 16
-    assert summary["global_step"] == one["summary"]["global_step"] == 20 * 16 * 16
+    assert summary["global_step"] == one["summary"]["global_step"] == 14 * 16 * 16
     config = json.loads((tmp_path / f"{NAME}{seed}/config.json").read_text())
     assert config["args"]["num_envs"] == 16, "the total"
 
@@ -339,7 +338,7 @@ def test_a_signal_to_one_rank_stops_all_in_order(two_ranks, cli, tmp_path):
 
 def test_kill_9_of_a_rank_and_torchrun_goes_on_by_itself(launch, tmp_path):
     """The other rank ends with a sentence, and both start again from the last checkpoint, in the same folder."""
-    argv = [*tiny(NAME), *quick, "--total-timesteps", 640]
+    argv = [*tiny(NAME), *quick, "--total-timesteps", 320]
     options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     process = launch(*torchrun(*options), *argv)
     [run_dir] = wait_for(lambda: [*tmp_path.glob("runs/*")], process)
@@ -352,14 +351,14 @@ def test_kill_9_of_a_rank_and_torchrun_goes_on_by_itself(launch, tmp_path):
     assert time.monotonic() - start < 100
     summary = strict_json(result.stdout)
     assert [*tmp_path.glob("runs/*")] == [run_dir] and summary["run_dir"] == str(run_dir.relative_to(tmp_path))
-    assert summary["global_step"] == steps_saved(run_dir) == 640 and summary["ranks"] == 2
+    assert summary["global_step"] == steps_saved(run_dir) == 320 and summary["ranks"] == 2
     steps = {int(state["step"]) for state in read_checkpoint(run_dir)["optimizer"]["state"].values()}
-    assert steps == {40}, "an update for every 16 steps, none lost and none twice"
+    assert steps == {20}, "an update for every 16 steps, none lost and none twice"
     events = EventAccumulator(str(run_dir))
     events.Reload()
     assert len(list(run_dir.glob("events*"))) == 2, "it was started twice"
     steps = [point.step for point in events.Scalars("charts/SPS")]
-    assert steps == list(range(16, 641, 16)) and reached < 640
+    assert steps == list(range(16, 321, 16)) and reached < 320
 
 
 def pid_of_rank(parent: int, rank: int) -> int:
