@@ -689,20 +689,22 @@ def device_of_rank(args: Args, device: torch.device) -> torch.device:
 
 
 def settle_run_dir(run_dir: Path, new: bool) -> tuple[Path, bool]:
-    """The folder of the run, and whether torchrun has started the job before and this is a restart, to go on with it.
+    """The folder of the run, and whether torchrun has started the job before, so that this start is to go on with it.
 
-    The folder's name is kept where it outlives the ranks: in the store that torchrun has for their meeting.
+    The folder's name is kept where it outlives the ranks, in the store that torchrun has for their meeting; a folder
+    that a `new` run must not use never gets there.
     """
-    again = False
+    store, again = None, False
     if dist.is_torchelastic_launched():
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         again = store.check(["run_dir"])
-        if not again:
-            store.set("run_dir", str(run_dir))
-        run_dir = Path(store.get("run_dir").decode())
-    if new and not again and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    if again:
+        return Path(store.get("run_dir").decode()), True
+    if new and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         fail(f"--run-dir {run_dir}: is not an empty folder; to go on with a run, name it with --resume")
-    return run_dir, again
+    if store:
+        store.set("run_dir", str(run_dir))
+    return run_dir, False
 
 
 # ---- command line and run folder -------------------------------------------------------------------------------------
@@ -734,16 +736,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def check_sizes(args: Args) -> None:
     """End with a sentence if sizes do not fit together, or not to the number of ranks."""
+    if args.batch_size % args.num_minibatches:
+        fail(f"--num-minibatches {args.num_minibatches}: does not divide num_envs x num_steps = {args.batch_size}")
+    if args.total_timesteps < args.batch_size:
+        fail(f"--total-timesteps {args.total_timesteps}: less than num_envs x num_steps = {args.batch_size}")
     ranks = rank_and_size()[1]
     if args.num_envs % ranks:
         fail(f"--num-envs {args.num_envs}: cannot be shared out equally to {ranks} ranks")
     if args.batch_size // ranks % args.num_minibatches:
         share = f"a rank's share of num_envs x num_steps = {args.batch_size // ranks}"
         fail(f"--num-minibatches {args.num_minibatches}: does not divide {share}")
-    if args.batch_size % args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches}: does not divide num_envs x num_steps = {args.batch_size}")
-    if args.total_timesteps < args.batch_size:
-        fail(f"--total-timesteps {args.total_timesteps}: less than num_envs x num_steps = {args.batch_size}")
 
 
 def check_args(args: Args) -> tuple[torch.device, str]:
