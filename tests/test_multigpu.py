@@ -347,23 +347,24 @@ def test_kill_9_of_a_rank_and_torchrun_goes_on_by_itself(launch, tmp_path):
     options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     process = launch(*torchrun(*options), *argv)
     [run_dir] = wait_for(lambda: [*tmp_path.glob("runs/*")], process)
-    reached = wait_for(lambda: steps_saved(run_dir), process)
-    os.kill(pid_of_rank(process.pid, 1), signal.SIGKILL)
-    start = time.monotonic()
+    wait_for(lambda: steps_saved(run_dir), process)
+    ranks = [pid_of_rank(process.pid, rank) for rank in (0, 1)]
+    os.kill(ranks[1], signal.SIGKILL)
+    wait_for(lambda: not alive(ranks[0]), process, seconds=60)
+    kept = steps_saved(run_dir)
     result = finish(process, timeout=120)
     assert result.returncode == 0, result.stderr
     assert re.search("error: rank 0 of 2 lost contact with another: .*Connection", result.stderr), result.stderr
-    assert time.monotonic() - start < 100
     summary = strict_json(result.stdout)
     assert [*tmp_path.glob("runs/*")] == [run_dir] and summary["run_dir"] == str(run_dir.relative_to(tmp_path))
     assert summary["global_step"] == steps_saved(run_dir) == 320 and summary["ranks"] == 2
     steps = {int(state["step"]) for state in read_checkpoint(run_dir)["optimizer"]["state"].values()}
     assert steps == {20}, "an update for every 16 steps, none lost and none twice"
-    events = EventAccumulator(str(run_dir))
+    second = max(run_dir.glob("events*"), key=lambda path: path.stat().st_mtime)
+    events = EventAccumulator(str(second))
     events.Reload()
-    assert len(list(run_dir.glob("events*"))) == 2, "it was started twice"
     steps = [point.step for point in events.Scalars("charts/SPS")]
-    assert steps == list(range(16, 321, 16)) and reached < 320
+    assert 0 < kept < 320 and steps == list(range(kept + 16, 321, 16)), "it goes on where the checkpoint was"
 
 
 def pid_of_rank(parent: int, rank: int) -> int:
