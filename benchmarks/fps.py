@@ -4,6 +4,7 @@
     python benchmarks/fps.py --suite gpu          # every agent and mode, 8 to 512 environments, in under 8 minutes
     python benchmarks/fps.py --agents ppo my_agent.py --modes eager compile --num-envs 8 32
     python benchmarks/fps.py --agents ppo --modes eager --profile
+    python benchmarks/fps.py --agents ppo_atari_multigpu --num-envs 128 --ranks 1 2 4 8    # on so many GPUs each
 
 SPS is agent steps per second over all environments; on Atari, frames per second = SPS x frame_skip.
 
@@ -26,6 +27,7 @@ import resource
 import runpy
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -44,7 +46,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODES = ("eager", "compile", "cudagraphs", "compile-cudagraphs")  # the last is the fastest on a GPU
 FIGURES = ("agent_command", "env_id", "frame_skip", "device", "num_envs", "sps", "sps_rollout", "sps_update",
            "compile_seconds", "wall_seconds", "global_step", "host_memory_mib", "device_memory_mib", "cuda",
-           "trace")  # fmt: skip
+           "trace", "all_reduce_seconds", "all_reduce_share")  # fmt: skip
 
 
 @dataclass
@@ -57,6 +59,9 @@ class Args:
     """modes to run the agents in; none takes eager and the mode with all that the device can do"""
     num_envs: tuple[int, ...] = ()
     """numbers of environments; none takes each agent's own"""
+    ranks: tuple[int, ...] = ()
+    """numbers of processes to share an agent's work, a GPU each (on a CPU one thread each); --num-envs is then that of
+    every rank. Only agents with ranks can do it; numbers beyond that of the GPUs are left out"""
     device: str = "auto"
     """the agents' --device"""
     agent_flags: str = ""
@@ -115,7 +120,34 @@ def env_only() -> None:
 def train() -> None:
     """Run an agent as `python AGENT FLAGS` does, then print the memory that it took. Command line: AGENT FLAGS."""
     run_script(sys.argv[1:])
-    print(json.dumps(memory()))
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(memory()))
+
+
+def all_reduce() -> None:
+    """Time the sum over ranks of a gradient as large as the agent's; rank 0 prints the seconds that one takes.
+
+    Command line: AGENT FLAGS. It is the sum alone: in training, a rank also waits there for slower ones.
+    """
+    import torch
+
+    path, *flags = sys.argv[1:]
+    agent = load_agent(Path(path))
+    args = agent.parse_args(flags)
+    agent.join_ranks()
+    device = agent.device_of_rank(args, agent.check_args(args)[0])
+    flat = torch.zeros(sum(param.numel() for param in agent.Agent(6).parameters()) + len(agent.METRICS), device=device)
+    seconds = []
+    for _ in range(60):
+        start = time.perf_counter()
+        agent.sum_over_ranks(flat)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    agent.leave_ranks()
+    if os.environ["RANK"] == "0":
+        updates = args.update_epochs * args.num_minibatches  # of an iteration
+        print(json.dumps({"all_reduce_seconds": float(np.median(seconds[10:])), "updates": updates}))
 
 
 def profile() -> None:
@@ -183,22 +215,37 @@ def memory() -> dict:
     return figures
 
 
-def run(function: str, *arguments, timeout: float, **env: str) -> dict:
+def run(function: str, *arguments, timeout: float, ranks: int | None = None, **env: str) -> dict:
     """Call a function of this file in a process of its own; returns the JSON objects that it printed last, as one.
 
+    With `ranks` it is so many processes, as torchrun would start them, and what counts is said by the first of them.
     Raises RuntimeError with the reason of a failure, and subprocess.TimeoutExpired after `timeout` seconds.
     """
     path = os.pathsep.join(filter(None, [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]))
-    child = subprocess.Popen(
-        [sys.executable, "-c", f"import fps; fps.{function}()", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
-        env=os.environ | {"PYTHONPATH": path} | env, start_new_session=True,
-    )  # fmt: skip
+    env |= {"PYTHONPATH": path}
+    if ranks:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
+        env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    child, *others = children = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"import fps; fps.{function}()", *map(str, arguments)],
+            stdout=subprocess.DEVNULL if rank else subprocess.PIPE, text=True, errors="replace", start_new_session=True,
+            stderr=subprocess.DEVNULL if rank else subprocess.PIPE,
+            env=os.environ | env | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks else {}),
+        )
+        for rank in range(ranks or 1)
+    ]  # fmt: skip
     try:
         out, err = child.communicate(timeout=timeout)
+        for other in others:
+            other.wait(timeout=60)  # which ends with the first one, or soon after it died
     except BaseException:
-        os.killpg(child.pid, signal.SIGKILL)  # with the compiler's processes
-        child.wait()
+        for process in children:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # with the compiler's processes
+                process.wait()
         raise
     if child.returncode:
         raise RuntimeError(reason(err, child.returncode))
@@ -241,8 +288,8 @@ def configurations(args: Args, gpu: bool) -> list[tuple[Path, str, int | None]]:
 
 
 def measure(
-    args: Args, agent: Path, mode: str, num_envs: int | None, known: dict, sps: float | None, cache: Path,
-    timeout: float,
+    args: Args, agent: Path, mode: str, num_envs: int | None, ranks: int | None, known: dict, sps: float | None,
+    cache: Path, timeout: float,
 ) -> dict:  # fmt: skip
     """Run one configuration once; returns its figures, with the agent's command line. Raises what `run` raises.
 
@@ -255,7 +302,9 @@ def measure(
         return run("env_only", agent, args.seconds, *flags, timeout=timeout)
     if "sps" not in known:
         raise RuntimeError("its environments do not run alone")
-    size, start = known["iteration_steps"], known["learning_starts"]
+    size, start = known["iteration_steps"] * (ranks or 1), known["learning_starts"]
+    if ranks:
+        flags += ["--num-envs", str(ranks * known["num_envs"])]
     sps = sps or known["sps"] / 4  # of the first run, a guess
     counted = max(1, math.ceil(args.seconds * sps / size))
     flags += ["--mode", mode, "--total-timesteps", str(start + size * (1 + counted)), "--eval-episodes", "0"]
@@ -265,9 +314,12 @@ def measure(
     caches = {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
     cache.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as run_dir:
-        figures = run(*function, agent, *flags, "--run-dir", run_dir, timeout=timeout, **caches)
+        figures = run(*function, agent, *flags, "--run-dir", run_dir, timeout=timeout, ranks=ranks, **caches)
     if not figures.get("sps"):
         raise RuntimeError("the run ended before its speed was measured")
+    if ranks:
+        figures |= (took := run("all_reduce", agent, *flags, timeout=timeout, ranks=ranks))
+        figures["all_reduce_share"] = took["all_reduce_seconds"] * took["updates"] / (size / figures["sps"])
     name = agent.relative_to(ROOT) if agent.is_relative_to(ROOT) else agent.name
     return figures | {"agent_command": shlex.join(["python", str(name), *flags])}
 
@@ -348,6 +400,25 @@ def table_line(*cells) -> str:
     return "{:<26} {:<18} {:>8} {:>4} {:>11} {:>11} {:>11} {:>9}".format(*cells)
 
 
+def scaling_table(records: list[dict]) -> str:
+    """SPS by number of ranks, against as many times that of the fewest, and what of the time all_reduce takes."""
+    rows, base = [], {}
+    groups = {}
+    for record in records:
+        if record.get("ranks") and record.get("sps"):
+            key = record["agent"], record["mode"], record["num_envs"] // record["ranks"], record["ranks"]
+            groups.setdefault(key, []).append(record)
+    for (agent, mode, num_envs, ranks), runs in sorted(groups.items()):
+        sps, seconds, share = (
+            float(np.median([run[name] for run in runs])) for name in ("sps", "all_reduce_seconds", "all_reduce_share")
+        )
+        each = base.setdefault((agent, mode, num_envs), sps / ranks)
+        cells = agent, mode, str(num_envs), str(ranks), f"{sps:,.0f}", f"{sps / ranks / each:.0%}"
+        rows.append([*cells, f"{1000 * seconds:.2f}", f"{share:.1%}"])
+    header = ["Agent", "Mode", "num_envs a rank", "Ranks", "SPS", "Efficiency", "all_reduce ms", "of the time"]
+    return report.markdown(header, rows) if rows else "no run with ranks was measured"
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
     """Read the command line; a suite sets the defaults of the other flags."""
     args = tyro.cli(Args, args=argv, description=__doc__)
@@ -366,12 +437,14 @@ def take_turns(args: Args, plan: list, common: dict):
         for repeat, (number, config) in tqdm(turns, unit=" runs", dynamic_ncols=True):
             if config in failed:
                 continue
-            agent, mode, num_envs = config
+            agent, mode, num_envs, ranks = config
             known = facts.get((agent, num_envs), {"num_envs": num_envs})
             record = common | {"date": now(), "agent": agent.stem, "mode": mode, "repeat": repeat}
             if not agent.is_relative_to(ROOT / "agents"):
                 record["dirty"] = True  # this file is in no commit
             record |= {key: known[key] for key in ("env_id", "frame_skip", "num_envs", "device") if key in known}
+            if ranks:  # in the tables, a number of ranks is to be a row of its own
+                record |= {"ranks": ranks, "agent_flags": f"{common['agent_flags']} ({ranks} ranks)".strip()}
             cache, left = Path(scratch, str(number)), deadline - time.monotonic()
             try:
                 figures = measure(args, *config, known, speeds.get(config), cache, timeout=max(0, left))
@@ -392,13 +465,25 @@ def take_turns(args: Args, plan: list, common: dict):
 
 def main(args: Args) -> int:
     """Measure, or profile, all that `args` asks for; returns the exit status, 1 if anything failed."""
-    if min(args.repeats, args.seconds, args.minutes) <= 0:
-        fail("--repeats, --seconds and --minutes must be more than 0")
+    if min(args.repeats, args.seconds, args.minutes, *args.ranks) <= 0:
+        fail("--repeats, --seconds, --minutes and --ranks must be more than 0")
+    if args.ranks and args.profile:
+        fail("--profile: cannot be combined with --ranks")
+    for agent in find_agents(args.agents) if args.ranks else ():
+        if "def join_ranks(" not in agent.read_text():
+            fail(f"--ranks: {agent.stem} runs in one process only")
     machine = describe_gpu() | describe_cpu()
     if args.suite == "gpu" and not machine["gpu"]:
         fail("--suite gpu: nvidia-smi finds no GPU on this machine")
     device = args.device if args.device != "auto" else "cuda" if machine["gpu"] else "cpu"
-    plan = configurations(args, gpu=device.startswith("cuda"))
+    if args.ranks and not device.startswith("cuda"):
+        args = replace(args, agent_flags=f"--torch-threads 1 --env-threads 1 {args.agent_flags}")
+    plan = [(*config, None) for config in configurations(args, gpu=device.startswith("cuda"))]
+    if args.ranks:  # the environments alone once, as one rank has them
+        possible = [n for n in args.ranks if not device.startswith("cuda") or n <= machine["gpu_count"]]
+        plan = [config for config in plan if config[1] == "env-only"] + [
+            (*config[:3], ranks) for ranks in possible for config in plan if config[1] != "env-only"
+        ]
     common = {"started": now(), "command": shlex.join(["python", "benchmarks/fps.py", *sys.argv[1:]])}
     flags = re.sub(r"--env-id[= ]\S+", "", args.agent_flags)  # the environment is a field of its own
     common |= describe_code() | machine | {"device": device, "agent_flags": " ".join(flags.split())}
@@ -424,6 +509,8 @@ def main(args: Args) -> int:
     except KeyboardInterrupt:
         interrupted = True
         print("interrupted", file=sys.stderr)
+    if args.ranks and records:
+        print(f"\n{scaling_table(records)}")
     if records and not args.profile:
         print(f"\n{report.full_table(report.summarise(records))}\n\nadded to {args.results}: {len(records)} runs")
     return 130 if interrupted else int(any("failed" in record for record in records))
