@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import re
 import sys
 import tomllib
@@ -19,6 +20,7 @@ FILES = [script(name) for name in NAMES]
 PAIRS = list(combinations(FILES, 2))
 
 
+@functools.cache
 def definitions(path):
     """Source of every top-level function, class and constant by name."""
     source = path.read_text()
@@ -28,6 +30,7 @@ def definitions(path):
     return {name: ast.get_source_segment(source, node) for name, node in named}
 
 
+@functools.cache
 def args_of(path):
     """The syntax of the fields of Args, each followed by its docstring."""
     return next(node for node in ast.parse(path.read_text()).body if getattr(node, "name", None) == "Args").body
