@@ -47,6 +47,14 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: ask for it with --slow or -m slow"))
 
 
+@pytest.fixture(autouse=True)
+def same_precision():
+    """How exactly matrices are multiplied, which some agents set for their process, is as before after every test."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 # ---- agents ----------------------------------------------------------------------------------------------------------
 
 
