@@ -277,22 +277,30 @@ def test_log_densities_and_entropy_are_the_gaussians(module):
     assert torch.equal(values, agent.values)
 
 
-@pytest.mark.parametrize("module", agents_with("gradients"))
-@pytest.mark.parametrize("max_norm", [0.5, 1e6])
-def test_gradients_are_those_of_backward_and_clipped_together(module, max_norm):
+def check_gradients(gradients, num_metrics: int, max_norm: float) -> None:
+    """gradients(loss_fn, params, max_norm, *inputs) has to give what backward and clip_grad_norm_ give, and the metrics
+    of loss_fn, of which there are num_metrics, with the norm before the cut.
+    """
+
     def loss_fn(images, weight, bias):
         loss = ((images * weight.contiguous()).sum() + bias.square().sum()).tanh()
-        return loss, loss.detach()[None] * 2
+        return loss, loss.detach() * torch.arange(1, 1 + num_metrics)
 
     torch.manual_seed(0)
     images = torch.randn(4, 3, 2, 2)
     weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last).requires_grad_()
     params = weight, torch.full((5,), 0.1, requires_grad=True)
-    grads, metrics = module.gradients(loss_fn, params, max_norm, images, *params)
-    loss, _ = loss_fn(images, *params)
+    grads, metrics = gradients(loss_fn, params, max_norm, images, *params)
+    loss, expected = loss_fn(images, *params)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
     for param, grad in zip(params, grads):
         torch.testing.assert_close(grad, param.grad)
         assert grad.stride() == param.stride(), "fused Adam would otherwise mix the elements up, and say nothing"
-    torch.testing.assert_close(metrics, torch.stack([2 * loss.detach(), norm]))
+    torch.testing.assert_close(metrics, torch.cat([expected, norm[None]]))
+
+
+@pytest.mark.parametrize("module", agents_with("gradients"))
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+def test_gradients_are_those_of_backward_and_clipped_together(module, max_norm):
+    check_gradients(module.gradients, 1, max_norm)
