@@ -148,7 +148,7 @@ LIMITS = {  # smallest and largest value of each number
     "torch_threads": (0, 1024), "env_threads": (0, 1024),
 }  # fmt: skip
 METRICS = ("q_loss", "q_values", "q_grad_norm", "policy_loss", "entropy", "alpha", "policy_grad_norm")
-CPU_MODE = "compile"  # of --mode auto; 1.2 times the updates of eager mode, and runs are long
+CPU_MODE = "compile"  # of --mode auto; 1.3 times the updates of eager mode, and runs are long
 
 
 # ---- environments ----------------------------------------------------------------------------------------------------

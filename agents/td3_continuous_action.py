@@ -152,7 +152,7 @@ LIMITS = {  # smallest and largest value of each number
     "env_threads": (0, 1024),
 }  # fmt: skip
 METRICS = ("q_loss", "q_values", "q_grad_norm", "policy_loss", "policy_grad_norm")
-CPU_MODE = "compile"  # of --mode auto; 1.1 times the updates of eager mode, and runs are long
+CPU_MODE = "compile"  # of --mode auto; 1.3 times the updates of eager mode, and runs are long
 
 
 # ---- environments ----------------------------------------------------------------------------------------------------
