@@ -18,6 +18,7 @@ Differs from the paper in
 - the final score is played with the epsilon that training ends with.
 """
 
+import ctypes
 import difflib
 import importlib.util
 import io
@@ -33,6 +34,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -46,6 +48,7 @@ import torch.nn as nn
 import tyro
 from gymnasium.spaces import Discrete
 from PIL import Image
+from torch.optim.adam import adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -146,7 +149,7 @@ LIMITS = {  # smallest and largest value of each number
     "torch_threads": (0, 1024), "env_threads": (0, 1024),
 }  # fmt: skip
 METRICS = ("td_loss", "q_values", "grad_norm")
-CPU_MODE = "eager"  # of --mode auto; how much compiling gains here has not been measured
+CPU_MODE = "compile"  # of --mode auto
 
 
 # ---- environments ----------------------------------------------------------------------------------------------------
@@ -373,18 +376,39 @@ def update_target(agent: Agent, args: Args) -> None:
         target.lerp_(param, weight)
 
 
-def update(agent: Agent, optimizer, replay: Replay, rollout: Rollout, args: Args, metrics, gradients=gradients) -> None:
-    """The learning phase: the updates that an iteration owes; `metrics` gets the means of METRICS."""
+def step_optimizer(optimizer, params: tuple, grads) -> None:
+    """One step of the optimizer with a gradient for each of `params`."""
+    for param, grad in zip(params, grads):
+        param.grad = grad
+    optimizer.step()
+
+
+@torch.no_grad()
+def step_adam(optimizer, params: tuple, grads) -> None:
+    """step_optimizer for an Adam that has its state already, by the function behind the method: torch.compile takes it
+    in with what comes before and after, where the method would cut that in two.
+    """
+    group, states = optimizer.param_groups[0], [optimizer.state[param] for param in params]
+    exp_avgs, exp_avg_sqs, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+    settings = {name: group[name] for name in ("lr", "eps", "weight_decay", "amsgrad", "maximize")}
+    beta1, beta2 = group["betas"]
+    adam(list(params), grads, exp_avgs, exp_avg_sqs, [], steps, beta1=beta1, beta2=beta2, **settings)
+
+
+def train_step(agent: Agent, optimizer, replay: Replay, random, args: Args, gradients, step_optimizer):
+    """One update, by the transitions that random [batch_size] picks, and of the target network if due; its METRICS."""
     params = tuple(agent.q_network.parameters())
-    batch = replay.sample(rollout.random)
+    grads, metrics = gradients(dqn_loss, params, args.max_grad_norm, agent, args.gamma, *replay.sample(random))
+    step_optimizer(optimizer, params, grads)
+    update_target(agent, args)
+    return metrics
+
+
+def update(agent: Agent, optimizer, replay: Replay, rollout: Rollout, args: Args, metrics, train_step) -> None:
+    """The learning phase: the updates that an iteration owes; `metrics` gets the means of METRICS."""
     metrics.zero_()
-    for minibatch in zip(*(x.split(args.batch_size) for x in batch)):
-        grads, mb_metrics = gradients(dqn_loss, params, args.max_grad_norm, agent, args.gamma, *minibatch)
-        for param, grad in zip(params, grads):
-            param.grad = grad
-        optimizer.step()
-        update_target(agent, args)
-        metrics += mb_metrics
+    for random in rollout.random.split(args.batch_size):
+        metrics += train_step(agent, optimizer, replay, random, args)
     metrics /= args.num_updates
 
 
@@ -417,6 +441,32 @@ def evaluate(agent: Agent, envs, episodes: int, generator: torch.Generator, stop
 
 
 # ---- speed -----------------------------------------------------------------------------------------------------------
+
+
+def threads_of_this_process() -> set[int]:
+    """Ids of the threads of this process; none where the system is not Linux."""
+    return {int(task.name) for task in Path("/proc/self/task").glob("*")}
+
+
+@contextmanager
+def one_core(threads: set[int]):
+    """Keep this thread and `threads`, ids of others, on the core that this one is on now; without any, do nothing.
+
+    To wake a thread on another core, which has gone to sleep, takes longer than a step of small environments. Leaving
+    gives this thread its cores back, so that the system can part programs that have met on one.
+    """
+    if not threads:
+        yield
+        return
+    cores, core = os.sched_getaffinity(0), {ctypes.CDLL(None).sched_getcpu()}
+    with suppress(OSError):  # a sandbox may forbid it; slower, then
+        for thread in (0, *threads):
+            os.sched_setaffinity(thread, core)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.sched_setaffinity(0, cores)
 
 
 def warm_up(step, state) -> None:
@@ -455,21 +505,25 @@ def accelerate(mode: str, agent: Agent, optimizer, replay: Replay, rollout: Roll
 
     Every mode runs the same functions: leave out all that follows an `if`, and eager mode remains.
     """
-    sample_fn, gradients_fn = sample_actions, gradients
-    if "compile" in mode:
-        torch._dynamo.config.trace_autograd_ops = True
-        gradients_fn = torch.compile(gradients, fullgraph=True, dynamic=False)
-    if "compile" in mode and metrics.is_cuda:  # on a CPU, calling a compiled policy costs more than it saves
-        sample_fn = torch.compile(sample_actions, fullgraph=True, dynamic=False)
-
-    rows = zip(rollout.obs, rollout.gumbel, rollout.actions)
-    acts = [partial(act_step, agent, rollout.host_obs, *row, rollout.host_actions, sample_fn) for row in rows]
-    store = partial(collect, replay, rollout)
-    learn = partial(update, agent, optimizer, replay, rollout, args, metrics, gradients_fn)
+    sample_fn, train_fn = sample_actions, partial(train_step, gradients=gradients, step_optimizer=step_optimizer)
+    learn = partial(update, agent, optimizer, replay, rollout, args, metrics)
 
     def trained():
         states = [x for state in optimizer.state.values() for x in state.values()]
         return [*agent.parameters(), *agent.buffers(), *states]
+
+    if "compile" in mode:
+        torch._dynamo.config.trace_autograd_ops = True
+        compiled = partial(torch.compile, fullgraph=True, dynamic=False)
+        if metrics.is_cuda:
+            sample_fn, train_fn = compiled(sample_actions), partial(train_fn, gradients=compiled(gradients))
+        else:  # fast: a whole update as one piece; on a CPU, to call the small policy compiled costs more than it saves
+            warm_up(partial(learn, train_fn), state=trained)  # makes the optimizer's state, which step_adam needs
+            train_fn = compiled(partial(train_fn, step_optimizer=step_adam))
+
+    rows = zip(rollout.obs, rollout.gumbel, rollout.actions)
+    acts = [partial(act_step, agent, rollout.host_obs, *row, rollout.host_actions, sample_fn) for row in rows]
+    store, learn = partial(collect, replay, rollout), partial(learn, train_fn)
 
     if mode == "compile":
         warm_up(acts[0], state=list)
@@ -653,7 +707,9 @@ def main(args: Args, stop=()) -> dict:
         checkpoint = load_checkpoint(run_dir, flag)
     global_step, returns = checkpoint["global_step"], deque(checkpoint["returns"], maxlen=100)
     env_seed = (args.seed * 10_000 + global_step) % 2**30  # far from other seeds' environments, and new after a resume
+    others = threads_of_this_process()
     envs = make_envs(args, 1 if args.evaluate else args.num_envs, env_seed)
+    env_threads = threads_of_this_process() - others
     agent = Agent(envs.single_observation_space.shape, int(envs.single_action_space.n)).to(device)
     lr = torch.tensor(args.learning_rate, device=device)
     optimizer = torch.optim.Adam(agent.q_network.parameters(), lr, fused=True, capturable=device.type == "cuda")
@@ -708,6 +764,8 @@ def main(args: Args, stop=()) -> dict:
     host_obs, host_actions, host_rewards, host_terminations, host_dones = (
         getattr(rollout, f"host_{name}").numpy() for name in ("obs", "actions", "rewards", "terminations", "dones")
     )
+    # fast: one worker of envpool (and its allocator) beside one thread of torch, which wait for each other anyway
+    together = env_threads if len(env_threads) <= 2 and torch.get_num_threads() == 1 else set()
     arrived = torch.cuda.Event() if device.type == "cuda" else None
     progress = tqdm(desc=args.env_id, total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True,
                     mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True)  # fmt: skip
@@ -729,20 +787,21 @@ def main(args: Args, stop=()) -> dict:
         draw_noise(rollout, generator)
 
         clock = time.perf_counter()
-        for t, act in enumerate(acts):
-            host_dones[t] = dones
-            act()
-            if arrived:
-                arrived.record()
-                arrived.synchronize()  # sync: the actions have arrived in host_actions; the one wait of the loop
-            obs, rewards, terminations, truncations, infos = envs.step(host_actions)
-            host_obs[:], host_rewards[t], host_terminations[t] = obs, rewards, terminations
-            true_rewards, overs = true_game(rewards, terminations, truncations, infos)
-            running += true_rewards, ~dones
-            dones = terminations | truncations
-            if overs.any():
-                finished += running[:, overs].T.tolist()
-                running[:, overs] = 0
+        with one_core(together):
+            for t, act in enumerate(acts):
+                host_dones[t] = dones
+                act()
+                if arrived:
+                    arrived.record()
+                    arrived.synchronize()  # sync: the actions have arrived in host_actions; the one wait of the loop
+                obs, rewards, terminations, truncations, infos = envs.step(host_actions)
+                host_obs[:], host_rewards[t], host_terminations[t] = obs, rewards, terminations
+                true_rewards, overs = true_game(rewards, terminations, truncations, infos)
+                running += true_rewards, ~dones
+                dones = terminations | truncations
+                if overs.any():
+                    finished += running[:, overs].T.tolist()
+                    running[:, overs] = 0
         host_dones[-1] = dones
         rollout_seconds += time.perf_counter() - clock
 

@@ -18,6 +18,7 @@ make its batches diverse. Differs from the authors' code (github.com/mttga/purej
 - rewards are not scaled, and the settings below are our own, found on CartPole-v1.
 """
 
+import ctypes
 import difflib
 import importlib.util
 import io
@@ -33,6 +34,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -385,6 +387,32 @@ def evaluate(agent: Agent, envs, episodes: int, generator: torch.Generator, stop
 # ---- speed -----------------------------------------------------------------------------------------------------------
 
 
+def threads_of_this_process() -> set[int]:
+    """Ids of the threads of this process; none where the system is not Linux."""
+    return {int(task.name) for task in Path("/proc/self/task").glob("*")}
+
+
+@contextmanager
+def one_core(threads: set[int]):
+    """Keep this thread and `threads`, ids of others, on the core that this one is on now; without any, do nothing.
+
+    To wake a thread on another core, which has gone to sleep, takes longer than a step of small environments. Leaving
+    gives this thread its cores back, so that the system can part programs that have met on one.
+    """
+    if not threads:
+        yield
+        return
+    cores, core = os.sched_getaffinity(0), {ctypes.CDLL(None).sched_getcpu()}
+    with suppress(OSError):  # a sandbox may forbid it; slower, then
+        for thread in (0, *threads):
+            os.sched_setaffinity(thread, core)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.sched_setaffinity(0, cores)
+
+
 def warm_up(step, state) -> None:
     """Call `step` until all is compiled, tuned and allocated, then put back every tensor that `state()` lists."""
     before = {id(x): x.clone() for x in state()}
@@ -591,7 +619,9 @@ def main(args: Args, stop=()) -> dict:
         checkpoint = load_checkpoint(run_dir, flag)
     global_step, returns = checkpoint["global_step"], deque(checkpoint["returns"], maxlen=100)
     env_seed = (args.seed * 10_000 + global_step) % 2**30  # far from other seeds' environments, and new after a resume
+    others = threads_of_this_process()
     envs = make_envs(args, 1 if args.evaluate else args.num_envs, env_seed)
+    env_threads = threads_of_this_process() - others
     agent = Agent(envs.single_observation_space.shape, int(envs.single_action_space.n)).to(device)
     lr = torch.tensor(args.learning_rate, device=device)
     optimizer = torch.optim.RAdam(agent.parameters(), lr, foreach=True, capturable=device.type == "cuda")
@@ -635,6 +665,8 @@ def main(args: Args, stop=()) -> dict:
     host_obs, host_actions, host_rewards, host_terminations, host_dones = (
         getattr(rollout, f"host_{name}").numpy() for name in ("obs", "actions", "rewards", "terminations", "dones")
     )
+    # fast: one worker of envpool (and its allocator) beside one thread of torch, which wait for each other anyway
+    together = env_threads if len(env_threads) <= 2 and torch.get_num_threads() == 1 else set()
     arrived = torch.cuda.Event() if device.type == "cuda" else None
     progress = tqdm(desc=args.env_id, total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True,
                     mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True)  # fmt: skip
@@ -654,20 +686,21 @@ def main(args: Args, stop=()) -> dict:
         draw_noise(rollout, generator)
 
         clock = time.perf_counter()
-        for t, act in enumerate(acts):
-            host_dones[t] = dones
-            act()
-            if arrived:
-                arrived.record()
-                arrived.synchronize()  # sync: the actions have arrived in host_actions; the one wait of the loop
-            obs, rewards, terminations, truncations, infos = envs.step(host_actions)
-            host_obs[:], host_rewards[t], host_terminations[t] = obs, rewards, terminations
-            true_rewards, overs = true_game(rewards, terminations, truncations, infos)
-            running += true_rewards, ~dones
-            dones = terminations | truncations
-            if overs.any():
-                finished += running[:, overs].T.tolist()
-                running[:, overs] = 0
+        with one_core(together):
+            for t, act in enumerate(acts):
+                host_dones[t] = dones
+                act()
+                if arrived:
+                    arrived.record()
+                    arrived.synchronize()  # sync: the actions have arrived in host_actions; the one wait of the loop
+                obs, rewards, terminations, truncations, infos = envs.step(host_actions)
+                host_obs[:], host_rewards[t], host_terminations[t] = obs, rewards, terminations
+                true_rewards, overs = true_game(rewards, terminations, truncations, infos)
+                running += true_rewards, ~dones
+                dones = terminations | truncations
+                if overs.any():
+                    finished += running[:, overs].T.tolist()
+                    running[:, overs] = 0
         host_dones[-1] = dones
         rollout_seconds += time.perf_counter() - clock
 

@@ -111,6 +111,11 @@ def tiny(agent: str, **changes) -> list[str]:
     return flags(**{"total_timesteps": steps, "mode": "eager"} | small)
 
 
+def tiny_args(module, folder, **changes):
+    """Settings for a few iterations of an agent, in this process."""
+    return module.parse_args(tiny(module.__name__, run_dir=str(folder / "run"), **changes))
+
+
 def whole_steps(agent: str, argv: list[str]) -> int:
     """The environment steps that a run of these flags takes: total_timesteps, rounded down to whole iterations."""
     args = agent_named(agent).parse_args(argv)

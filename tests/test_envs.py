@@ -1,9 +1,12 @@
 """What the agents rely on about their environments, on the pinned envpool, and how the loop treats it."""
 
+import os
+import threading
+
 import gymnasium
 import numpy as np
 import pytest
-from conftest import agent_named, agents_with
+from conftest import agent_named, agents_with, tiny_args
 
 ppo, atari = agent_named("ppo"), agent_named("ppo_atari")
 
@@ -137,3 +140,55 @@ def test_a_gymnasium_vector_environment_fits(tmp_path, monkeypatch):
     monkeypatch.setattr(ppo, "make_envs", make_envs)
     summary = ppo.main(ppo.Args(num_envs=4, num_steps=16, total_timesteps=640, run_dir=str(tmp_path / "run")))
     assert summary["global_step"] == 640 and len(summary["eval_returns"]) == 20
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the cores of a thread can be chosen on Linux only")
+@pytest.mark.parametrize("module", agents_with("one_core"))
+def test_rollouts_with_one_worker_keep_to_one_core_and_nothing_else_does(module, tmp_path, monkeypatch):
+    """Seen from inside the loop: where this thread and the workers may run, in rollouts and in learning."""
+    cores, workers, seen, update = os.sched_getaffinity(0), set(), [], module.update
+    if len(cores) == 1:
+        pytest.skip("there is one core only")
+    one_core = module.one_core
+
+    class Watched(module.EnvPool):
+        def step(self, actions):
+            seen.append(("rollout", [os.sched_getaffinity(thread) for thread in (0, *workers)]))
+            return super().step(actions)
+
+    def watch(*inputs):
+        seen.append(("learning", [os.sched_getaffinity(0)]))
+        return update(*inputs)
+
+    def note(threads):
+        workers.update(threads)
+        return one_core(threads)
+
+    monkeypatch.setattr(module, "one_core", note)
+    monkeypatch.setattr(module, "EnvPool", Watched)
+    monkeypatch.setattr(module, "update", watch)
+    for env_threads in (1, 2):
+        seen.clear(), workers.clear()
+        folder = tmp_path / str(env_threads)
+        module.main(tiny_args(module, folder, env_threads=env_threads, num_envs=2, eval_episodes=0))
+        assert bool(workers) == (env_threads == 1) and threading.get_native_id() not in workers
+        where = {name: [sets for what, sets in seen if what == name] for name in ("rollout", "learning")}
+        for sets in where["rollout"]:
+            assert all(len(mask) == 1 and mask == sets[0] for mask in sets) if workers else sets == [cores]
+        assert where["rollout"] and where["learning"] and all(sets == [cores] for sets in where["learning"])
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the cores of a thread can be chosen on Linux only")
+@pytest.mark.parametrize("refuse", [False, True])
+def test_an_error_in_a_rollout_gives_the_cores_back(refuse, monkeypatch):
+    cores = os.sched_getaffinity(0)
+
+    def refused(*_):
+        raise PermissionError("a sandbox")
+
+    if refuse:
+        monkeypatch.setattr(os, "sched_setaffinity", refused)
+    with pytest.raises(ZeroDivisionError), ppo.one_core({threading.get_native_id()}):
+        assert len(os.sched_getaffinity(0)) == (len(cores) if refuse else 1)
+        raise ZeroDivisionError
+    assert os.sched_getaffinity(0) == cores

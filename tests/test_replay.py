@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import agents_with, read_checkpoint, tiny
+from conftest import agents_with, read_checkpoint, tiny_args
 
 
 def scripted(T, N, seed, first=0):
@@ -55,11 +55,6 @@ def test_every_transition_comes_back_and_no_reset_row(module):
         assert sorted(held(replay.sample(torch.arange(len(kept))))) == sorted(kept)
         assert set(held(replay.sample(torch.arange(1000) * 7919))) == set(kept)
     assert len(expected) > 3 * size and replay.stored == len(expected)
-
-
-def tiny_args(module, folder, **changes):
-    """Settings for a few iterations of an agent, in this process."""
-    return module.parse_args(tiny(module.__name__, run_dir=str(folder / "run"), **changes))
 
 
 @pytest.mark.parametrize("module", agents_with("collect"))
