@@ -35,7 +35,7 @@ import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -331,7 +331,14 @@ def evaluate_actions(agent: Agent, obs, actions):
     return log_probs.gather(-1, actions[:, None]).squeeze(-1), entropy, values
 
 
-def joint_statistics(advantages, valid, permutations, num_minibatches: int):
+def sum_over_ranks(x) -> None:
+    """Replace x, a tensor on the rank's device, by its sum over all ranks, the same bits on each."""
+    if dist.is_initialized():
+        with contact():
+            dist.all_reduce(x)
+
+
+def joint_statistics(advantages, valid, permutations, num_minibatches: int, sum_over_ranks):
     """Of every minibatch, joined over all ranks: how many rows count, mean and standard deviation of their advantages.
 
     advantages, valid: [batch_size] of this rank, permutations: [update_epochs, batch_size]; all that one all_reduce of
@@ -398,8 +405,8 @@ def clip_gradients(flat, params: tuple, max_grad_norm: float):
 
 
 def update(
-    agent: Agent, optimizer, rollout: Rollout, args: Args, metrics,
-    gae=gae, evaluate_actions=evaluate_actions, flat_gradients=flat_gradients, clip_gradients=clip_gradients,
+    agent: Agent, optimizer, rollout: Rollout, args: Args, metrics, gae=gae, evaluate_actions=evaluate_actions,
+    flat_gradients=flat_gradients, clip_gradients=clip_gradients, sum_over_ranks=sum_over_ranks,
 ) -> None:  # fmt: skip
     """The learning phase: targets, then update_epochs passes over the rollout; `metrics` gets the means of METRICS."""
     rollout.obs[-1].copy_(rollout.host_obs, non_blocking=True)
@@ -419,7 +426,8 @@ def update(
         b_returns = b_advantages + b_values
         b_valid = 1 - rollout.dones[:-1].flatten()  # the action of a reset row did nothing
         batch = b_obs, b_actions, b_logprobs, b_values, b_advantages, b_returns, b_valid
-        statistics = iter(joint_statistics(b_advantages, b_valid, rollout.permutations, args.num_minibatches))
+        shuffled = rollout.permutations, args.num_minibatches
+        statistics = iter(joint_statistics(b_advantages, b_valid, *shuffled, sum_over_ranks))
 
     params = tuple(agent.parameters())
     metrics.zero_()
@@ -501,6 +509,52 @@ def capture(steps, state) -> list:
     return [graph.replay for graph in graphs]
 
 
+def capture_pieces(step, state) -> Callable:
+    """capture, for a step that takes a `sum_over_ranks` which no graph can hold: a graph up to each of its calls, and
+    after the last; returns the replay of them, with the sums in between.
+    """
+    stream, pool, pieces = torch.cuda.Stream(), torch.cuda.graph_pool_handle(), []
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        warm_up(step, state)
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.compiler.set_stance("fail_on_recompile"), ExitStack() as recording:
+
+        def record():
+            pieces.append((graph := torch.cuda.CUDAGraph()).replay)
+            recording.enter_context(torch.cuda.graph(graph, pool=pool, stream=stream))
+
+        def cut(x):
+            recording.close()
+            pieces.append(partial(sum_over_ranks, x))
+            record()
+
+        record()
+        step(sum_over_ranks=cut)
+
+    def replay():
+        for piece in pieces:
+            piece()
+
+    return replay
+
+
+def capture_learning(learn, state) -> Callable:
+    """The replay of `learn`: one graph, the sums over ranks within, if NCCL is there and puts up with it on every rank;
+    else pieces.
+    """
+    if not dist.is_initialized():
+        return capture([learn], state)[0]
+    replay, refused = None, "cuda:nccl" not in dist.get_backend_config()
+    if not refused:
+        try:
+            replay = capture([partial(learn, sum_over_ranks=dist.all_reduce)], state)[0]
+        except RuntimeError as error:
+            refused = True
+            tqdm.write(f"the all_reduce stays outside the CUDA graphs: {str(error).splitlines()[0]}", file=sys.stderr)
+    return capture_pieces(learn, state) if largest_over_ranks(refused)[0] else replay
+
+
 def accelerate(mode: str, agent: Agent, optimizer, rollout: Rollout, args: Args, metrics) -> tuple[list, Callable]:
     """The steps of acting, one for each row of the rollout, and the learning phase, bound to their tensors.
 
@@ -525,7 +579,7 @@ def accelerate(mode: str, agent: Agent, optimizer, rollout: Rollout, args: Args,
         warm_up(acts[0], state=list)
         warm_up(learn, state=trained)
     if "cudagraphs" in mode:
-        return capture(acts, state=list), capture([learn], state=trained)[0]
+        return capture(acts, state=list), capture_learning(learn, state=trained)
     return acts, learn
 
 
@@ -541,7 +595,7 @@ def join_ranks() -> None:
     late.start()
     with contact():
         store, rank, ranks = meet()
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         # the time limit is for a rank that lives and hangs: others may wait for one that compiles
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(hours=1))
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE))
@@ -641,13 +695,6 @@ def from_rank_0(function: Callable, *arguments, everywhere: bool = False):
     if dist.get_rank() == 0:
         return result
     return function(*arguments) if everywhere else outcome[0]
-
-
-def sum_over_ranks(x) -> None:
-    """Replace x, a tensor on the rank's device, by its sum over all ranks, the same bits on each."""
-    if dist.is_initialized():
-        with contact():
-            dist.all_reduce(x)
 
 
 def largest_over_ranks(*numbers: int) -> list[int]:

@@ -26,9 +26,10 @@ from conftest import (
     strict_json,
     tiny,
 )
+from emulation import Recording
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_math import check_gradients
-from test_modes_agree import build, iterate, weights
+from test_modes_agree import MODES, build, device_of, iterate, weights
 from test_recurrent import Recall
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -120,12 +121,32 @@ def steps_saved(run_dir) -> int:
 ROWS = ("obs", "actions", "rewards", "terminations", "dones")  # of a rollout, each [T or T + 1, N, ...]
 
 
+def all_reduce_refusing_capture(rank: int, all_reduce):
+    """dist.all_reduce as NCCL's is: in a capture it sends nothing; and there it fails on rank 1."""
+
+    def refusing(*inputs, **options):
+        if Recording.open and rank:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return None if Recording.open else all_reduce(*inputs, **options)
+
+    return refusing
+
+
 def record_updates(folder: str, mode: str) -> None:
     """In a rank: the gradients and metrics of a learning phase, the data of it, and the weights after 20 updates."""
+    name, device, gpus = mode, device_of(mode), torch.cuda.device_count()
+    if gpus == 1:  # NCCL does not let two ranks share a GPU
+        multi.dist.is_nccl_available = lambda: False
     multi.join_ranks()
     rank, size = multi.rank_and_size()
     torch.set_num_threads(1)
-    it, grads = build(multi, mode, "cpu"), []
+    if device == "cuda":
+        torch.cuda.set_device(rank % gpus)
+    if mode == "refused":  # by NCCL on one of the ranks
+        mode = "emulated"
+        multi.dist.get_backend_config = lambda: "cpu:gloo,cuda:nccl"
+        multi.dist.all_reduce = all_reduce_refusing_capture(rank, multi.dist.all_reduce)
+    it, grads = build(multi, mode, device), []
     recorder = SimpleNamespace(step=lambda: grads.append([p.grad.clone() for p in it.agent.parameters()]))
     learn, it.learn = it.learn, lambda: multi.update(it.agent, recorder, it.rollout, it.args, it.metrics)
     iterate(it, 1000 + rank)
@@ -135,7 +156,7 @@ def record_updates(folder: str, mode: str) -> None:
     for number in range(20):
         iterate(it, size * number + rank)
     multi.leave_ranks()
-    torch.save(seen | {"weights": weights(it), "norm": it.metrics[-1]}, f"{folder}/{mode}{rank}.pt")
+    torch.save(seen | {"weights": weights(it), "norm": it.metrics[-1]}, f"{folder}/{name}{rank}.pt")
 
 
 def updates(two_ranks, tmp_path, mode):
@@ -143,17 +164,21 @@ def updates(two_ranks, tmp_path, mode):
     for process in two_ranks(*this_file("record_updates", tmp_path, mode)):
         result = finish(process)
         assert result.returncode == 0, result.stderr
-    return [torch.load(tmp_path / f"{mode}{rank}.pt") for rank in (0, 1)]
+    return [torch.load(tmp_path / f"{mode}{rank}.pt", map_location="cpu") for rank in (0, 1)]
 
 
-@pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
-@slow
-def test_compiled_ranks_agree_with_eager_ones(two_ranks, tmp_path):
-    eager, compiled = (updates(two_ranks, tmp_path, mode) for mode in ("eager", "compile"))
-    assert torch.equal(compiled[0]["weights"], compiled[1]["weights"])
+@pytest.mark.parametrize("mode", [pytest.param("compile", marks=slow), "refused", *MODES[2:]])
+def test_ranks_agree_with_eager_ones(two_ranks, tmp_path, mode):
+    """Compiled; captured in pieces, as NCCL's refusal on one rank makes it on all; and captured on GPUs."""
+    if "compile" in mode and not has_compiler():
+        pytest.skip("torch.compile needs a C++ compiler")
+    eager, fast = (updates(two_ranks, tmp_path, m) for m in ("eager", mode))
+    assert torch.equal(fast[0]["weights"], fast[1]["weights"])
     start = weights(build(multi, "eager", "cpu"))
-    one, other = eager[0]["weights"], compiled[0]["weights"]
+    one, other = eager[0]["weights"], fast[0]["weights"]
     assert (one - other).norm() < 1e-4 * one.norm() and (one - other).norm() < 2e-2 * (one - start).norm()
+    if mode == "refused":
+        assert torch.equal(one, other)
 
 
 def test_two_ranks_learn_as_one_process_on_the_joined_batch(two_ranks, tmp_path):
