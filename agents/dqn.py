@@ -149,7 +149,8 @@ LIMITS = {  # smallest and largest value of each number
     "torch_threads": (0, 1024), "env_threads": (0, 1024),
 }  # fmt: skip
 METRICS = ("td_loss", "q_values", "grad_norm")
-CPU_MODE = "compile"  # of --mode auto
+CPU_MODE = "eager"  # of --mode auto; compiled it takes half the time, but a run is over in a minute or two
+LIBC = ctypes.CDLL(None)  # for sched_getcpu, which Python leaves out
 
 
 # ---- environments ----------------------------------------------------------------------------------------------------
@@ -458,7 +459,7 @@ def one_core(threads: set[int]):
     if not threads:
         yield
         return
-    cores, core = os.sched_getaffinity(0), {ctypes.CDLL(None).sched_getcpu()}
+    cores, core = os.sched_getaffinity(0), {LIBC.sched_getcpu()}
     with suppress(OSError):  # a sandbox may forbid it; slower, then
         for thread in (0, *threads):
             os.sched_setaffinity(thread, core)

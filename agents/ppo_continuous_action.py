@@ -141,6 +141,7 @@ LIMITS = {  # smallest and largest value of each number
 }  # fmt: skip
 METRICS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")
 CPU_MODE = "compile"  # of --mode auto; compiled, a run takes half the time
+LIBC = ctypes.CDLL(None)  # for sched_getcpu, which Python leaves out
 
 
 # ---- environments ----------------------------------------------------------------------------------------------------
@@ -499,7 +500,7 @@ def one_core(threads: set[int]):
     if not threads:
         yield
         return
-    cores, core = os.sched_getaffinity(0), {ctypes.CDLL(None).sched_getcpu()}
+    cores, core = os.sched_getaffinity(0), {LIBC.sched_getcpu()}
     with suppress(OSError):  # a sandbox may forbid it; slower, then
         for thread in (0, *threads):
             os.sched_setaffinity(thread, core)

@@ -136,6 +136,7 @@ LIMITS = {  # smallest and largest value of each number
 }  # fmt: skip
 METRICS = ("td_loss", "q_values", "grad_norm")
 CPU_MODE = "eager"  # of --mode auto; how much compiling gains here has not been measured
+LIBC = ctypes.CDLL(None)  # for sched_getcpu, which Python leaves out
 
 
 # ---- environments ----------------------------------------------------------------------------------------------------
@@ -402,7 +403,7 @@ def one_core(threads: set[int]):
     if not threads:
         yield
         return
-    cores, core = os.sched_getaffinity(0), {ctypes.CDLL(None).sched_getcpu()}
+    cores, core = os.sched_getaffinity(0), {LIBC.sched_getcpu()}
     with suppress(OSError):  # a sandbox may forbid it; slower, then
         for thread in (0, *threads):
             os.sched_setaffinity(thread, core)
