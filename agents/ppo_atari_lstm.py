@@ -157,7 +157,7 @@ LIMITS = {  # smallest and largest value of each number
 }  # fmt: skip
 LSTM_SIZE = 128
 METRICS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")
-CPU_MODE = "eager"  # of --mode auto; how much compiling gains here has not been measured
+CPU_MODE = "eager"  # of --mode auto; compiled it is as fast, within what repeats differ by
 
 
 # ---- environments ----------------------------------------------------------------------------------------------------

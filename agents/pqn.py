@@ -135,7 +135,7 @@ LIMITS = {  # smallest and largest value of each number
     "exploration_fraction": (0, 1), "max_grad_norm": (0, MANY), "torch_threads": (0, 1024), "env_threads": (0, 1024),
 }  # fmt: skip
 METRICS = ("td_loss", "q_values", "grad_norm")
-CPU_MODE = "eager"  # of --mode auto; how much compiling gains here has not been measured
+CPU_MODE = "eager"  # of --mode auto; compiled 1.1 times the steps, but compilation takes as long as a run
 LIBC = ctypes.CDLL(None)  # for sched_getcpu, which Python leaves out
 
 
