@@ -115,6 +115,8 @@ class Args:
     """CPU threads of torch; 0 takes what was measured best for this agent"""
     env_threads: int = 0
     """CPU threads of envpool; 0 takes what was measured best for this agent"""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """arithmetic of the network: auto is tf32 on CUDA, bf16 on a CPU with AVX512-BF16 and fp32 on any other"""
 
     @property
     def ratio(self) -> Fraction:
@@ -202,8 +204,9 @@ def true_game(rewards, terminations, truncations, infos):
 class Actor(nn.Module):
     """A Gaussian policy, squashed by tanh: two hidden layers under a head of means and log standard deviations."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int, bf16: bool = False):
         super().__init__()
+        self.bf16 = bf16
         self.hidden = nn.ModuleList([nn.Linear(obs_dim, 256), nn.Linear(256, 256)])
         self.head = nn.Linear(256, 2 * action_dim)
 
@@ -211,9 +214,9 @@ class Actor(nn.Module):
         """Actions [batch, action_dim] within [-1, 1] and their log-densities [batch], for obs [batch, features] and
         Gaussian noise [batch, action_dim]; Haarnoja et al. 2018, appendix C.
         """
-        x = obs
-        for layer in self.hidden:
-            x = layer(x).relu()
+        x = self.hidden[0](obs).relu()
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+            x = self.hidden[1](x).relu().to(obs.dtype)  # the first and the last layer are never bf16
         mean, log_std = self.head(x).chunk(2, dim=-1)
         log_std = 3.5 * log_std.tanh() - 1.5  # from -5 to 2
         raw = mean + log_std.exp() * noise
@@ -226,8 +229,9 @@ class Actor(nn.Module):
 class Critics(nn.Module):
     """Two Q-functions of two hidden layers each, side by side in batched matrices [2, inputs, outputs]."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int, bf16: bool = False):
         super().__init__()
+        self.bf16 = bf16
         sizes = obs_dim + action_dim, 256, 256, 1
         pairs = [(nn.Linear(*shape), nn.Linear(*shape)) for shape in zip(sizes, sizes[1:])]
         self.weights = nn.ParameterList(torch.stack([layer.weight.detach().T for layer in pair]) for pair in pairs)
@@ -235,18 +239,21 @@ class Critics(nn.Module):
 
     def forward(self, obs, actions, members: int = 2):
         """Q-values [members, batch] for obs [batch, features] and actions [batch, action_dim] within [-1, 1]."""
+        first, hidden, head = ((bias[:members], weight[:members]) for bias, weight in zip(self.biases, self.weights))
         x = torch.cat([obs, actions], -1).expand(members, -1, -1)
-        for number, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            x = torch.baddbmm(bias[:members], x.relu() if number else x, weight[:members])
-        return x.squeeze(-1)
+        x = torch.baddbmm(first[0], x, first[1]).relu()
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+            x = torch.baddbmm(hidden[0], x, hidden[1]).relu().to(obs.dtype)  # the first and the last layer are never bf16
+        return torch.baddbmm(head[0], x, head[1]).squeeze(-1)
 
 
 class Agent(nn.Module):
     """The policy, the critics, the target critics that follow them, and the temperature's logarithm."""
 
-    def __init__(self, obs_shape: tuple[int, ...], action_dim: int):
+    def __init__(self, obs_shape: tuple[int, ...], action_dim: int, bf16: bool = False):
         super().__init__()
-        self.actor, self.critics = Actor(math.prod(obs_shape), action_dim), Critics(math.prod(obs_shape), action_dim)
+        sizes = math.prod(obs_shape), action_dim, bf16
+        self.actor, self.critics = Actor(*sizes), Critics(*sizes)
         self.target_critics = deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.zeros(()))
 
@@ -405,13 +412,40 @@ def gradients(loss_fn: Callable, params: tuple, max_grad_norm: float, *inputs):
     return grads, torch.cat([metrics, grad_norm[None]])
 
 
-def step(optimizer, params: tuple, grads: list) -> None:
-    """A step of the optimizer for these of its parameters alone."""
+def step_optimizer(optimizer, params: tuple, grads) -> None:
+    """One step of the optimizer for `params` alone, with a gradient for each of them."""
     for param, grad in zip(params, grads):
         param.grad = grad
     optimizer.step()
     for param in params:
         param.grad = None
+
+
+def spell_out(optimizer) -> None:
+    """Add what step_adam needs to the state of an Adam: for each parameter, its two betas to the power of its steps."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            state = optimizer.state[param]
+            state["powers"] = torch.tensor(group["betas"], device=param.device) ** state["step"].to(param.device)
+
+
+@torch.no_grad()
+def step_adam(optimizer, params: tuple, grads) -> None:
+    """step_optimizer for an Adam after spell_out, written out (Kingma and Ba 2015, arXiv 1412.6980, algorithm 1).
+
+    Of this torch.compile makes one loop with the clipping before it and the target network after it. The powers are
+    kept, since it would raise betas to a power anew for every few elements.
+    """
+    groups = {param: group for group in optimizer.param_groups for param in group["params"]}
+    for param, grad in zip(params, grads):
+        state, group = optimizer.state[param], groups[param]
+        (beta1, beta2), powers, mean, square = group["betas"], state["powers"], state["exp_avg"], state["exp_avg_sq"]
+        state["step"] += 1
+        powers *= torch.tensor([beta1, beta2])
+        mean.lerp_(grad, 1 - beta1)
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        correction1, correction2 = (1 - powers).unbind()
+        param.sub_(group["lr"] / correction1 * mean / (square.sqrt() / correction2.sqrt() + group["eps"]))
 
 
 @torch.no_grad()
@@ -421,20 +455,26 @@ def follow(targets: nn.Module, network: nn.Module, tau: float) -> None:
         target.lerp_(param, tau)
 
 
-def update(agent: Agent, optimizer, replay: Replay, rollout: Rollout, args: Args, metrics, gradients=gradients) -> None:
-    """The learning phase: the updates that an iteration owes; `metrics` gets the means of METRICS."""
+def train_step(agent: Agent, optimizer, replay: Replay, random, noise, args: Args, gradients, step_optimizer):
+    """One update, by what random [batch_size] picks, with noise [2, batch_size, action_dim]; its METRICS."""
     q_params, policy_params = tuple(agent.critics.parameters()), tuple(agent.actor.parameters())
     if args.autotune:
         policy_params += (agent.log_alpha,)
-    batch = *replay.sample(rollout.random), *rollout.update_noise
+    minibatch = replay.sample(random)
+    grads, q_metrics = gradients(sac_critic_loss, q_params, math.inf, agent, args.gamma, *minibatch, noise[0])
+    step_optimizer(optimizer, q_params, grads)
+    grads, policy_metrics = gradients(sac_policy_loss, policy_params, math.inf, agent, minibatch[0], noise[1])
+    step_optimizer(optimizer, policy_params, grads)
+    follow(agent.target_critics, agent.critics, args.tau)
+    return torch.cat([q_metrics, policy_metrics])
+
+
+def update(agent: Agent, optimizer, replay: Replay, rollout: Rollout, args: Args, metrics, train_step) -> None:
+    """The learning phase: the updates that an iteration owes; `metrics` gets the means of METRICS."""
     metrics.zero_()
-    for *minibatch, noise in zip(*(x.split(args.batch_size) for x in batch)):
-        grads, q_metrics = gradients(sac_critic_loss, q_params, math.inf, agent, args.gamma, *minibatch)
-        step(optimizer, q_params, grads)
-        grads, policy_metrics = gradients(sac_policy_loss, policy_params, math.inf, agent, minibatch[0], noise)
-        step(optimizer, policy_params, grads)
-        follow(agent.target_critics, agent.critics, args.tau)
-        metrics += torch.cat([q_metrics, policy_metrics])
+    draws = rollout.random.split(args.batch_size), rollout.update_noise.split(args.batch_size, dim=1)
+    for random, noise in zip(*draws):
+        metrics += train_step(agent, optimizer, replay, random, noise, args)
     metrics /= args.num_updates
 
 
@@ -512,22 +552,27 @@ def accelerate(mode: str, agent: Agent, optimizer, replay: Replay, rollout: Roll
 
     Every mode runs the same functions: leave out all that follows an `if`, and eager mode remains.
     """
-    sample_fn, gradients_fn = sample_actions, gradients
-    if "compile" in mode:
-        torch._dynamo.config.trace_autograd_ops = True
-        gradients_fn = torch.compile(gradients, fullgraph=True, dynamic=False)
-    if "compile" in mode and metrics.is_cuda:  # on a CPU, calling a compiled policy costs more than it saves
-        sample_fn = torch.compile(sample_actions, fullgraph=True, dynamic=False)
-
-    rows = zip(rollout.obs, rollout.noise, rollout.actions)
-    ends = rollout.host_obs, rollout.exploring, rollout.bounds, rollout.host_actions
-    acts = [partial(act_step, agent, *ends, *row, sample_fn) for row in rows]
-    store = partial(collect, replay, rollout)
-    learn = partial(update, agent, optimizer, replay, rollout, args, metrics, gradients_fn)
+    sample_fn, train_fn = sample_actions, partial(train_step, gradients=gradients, step_optimizer=step_optimizer)
+    learn = partial(update, agent, optimizer, replay, rollout, args, metrics)
 
     def trained():
         states = [x for state in optimizer.state.values() for x in state.values()]
         return [*agent.parameters(), *agent.buffers(), *states]
+
+    if "compile" in mode:
+        torch._dynamo.config.trace_autograd_ops = True
+        compiled = partial(torch.compile, fullgraph=True, dynamic=False)
+        if metrics.is_cuda:
+            sample_fn, train_fn = compiled(sample_actions), partial(train_fn, gradients=compiled(gradients))
+        else:  # fast: a whole update as one piece; on a CPU, to call the small policy compiled costs more than it saves
+            warm_up(partial(learn, train_fn), state=trained)  # makes the optimizer's state, which step_adam needs
+            spell_out(optimizer)
+            train_fn = compiled(partial(train_fn, step_optimizer=step_adam), options={"cpp_wrapper": True})
+
+    rows = zip(rollout.obs, rollout.noise, rollout.actions)
+    ends = rollout.host_obs, rollout.exploring, rollout.bounds, rollout.host_actions
+    acts = [partial(act_step, agent, *ends, *row, sample_fn) for row in rows]
+    store, learn = partial(collect, replay, rollout), partial(learn, train_fn)
 
     if mode == "compile":
         warm_up(acts[0], state=list)
@@ -716,10 +761,13 @@ def main(args: Args, stop=()) -> dict:
     torch.manual_seed(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads or min(2, cpu_cores()))  # fast: a second one makes 1.6 times the updates
-    avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cpu._is_amx_tile_supported()
-    if device.type == "cpu" and avx512:
-        # fast: matrix products by oneDNN, on AMD in half of MKL's time; still in fp32, which with AMX it would not be
-        torch.set_float32_matmul_precision("medium")
+    torch.set_flush_denormal(True)  # fast: what units that died leave in Adam takes a CPU 13 times as long otherwise
+    bf16_cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and bf16_cpu)
+    # fast: by oneDNN, matrix products take half of MKL's time on AMD; in fp32 still, which with AMX they would not be
+    onednn = torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cpu._is_amx_tile_supported()
+    fastest = "high" if device.type == "cuda" and args.precision != "fp32" else "highest"
+    torch.set_float32_matmul_precision("medium" if device.type == "cpu" and onednn else fastest)
     flag = "--evaluate" if args.evaluate else "--resume"
     checkpoint = {"global_step": 0, "wall_seconds": 0.0, "returns": []}
     saved = args.evaluate or (args.resume and (run_dir / "checkpoint.pt").exists())  # else killed before the first one
@@ -728,7 +776,7 @@ def main(args: Args, stop=()) -> dict:
     global_step, returns = checkpoint["global_step"], deque(checkpoint["returns"], maxlen=100)
     env_seed = (args.seed * 10_000 + global_step) % 2**30  # far from other seeds' environments, and new after a resume
     envs = make_envs(args, 1 if args.evaluate else args.num_envs, env_seed)
-    agent = Agent(envs.single_observation_space.shape, *envs.single_action_space.shape)
+    agent = Agent(envs.single_observation_space.shape, *envs.single_action_space.shape, bf16)
     if not args.autotune:
         agent.log_alpha.data.fill_(args.alpha).log_()
     agent.to(device)

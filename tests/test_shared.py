@@ -13,8 +13,8 @@ from conftest import AGENTS, NAMES, ROOT, script
 
 MAY_DIFFER = {
     "Args", "LIMITS", "METRICS", "CPU_MODE", "make_envs", "true_game", "Actor", "Agent", "QNetwork", "Rollout",
-    "draw_noise", "sample_actions", "act_step", "collect", "evaluate_actions", "update", "evaluate", "accelerate",
-    "check_sizes", "main",
+    "draw_noise", "sample_actions", "act_step", "collect", "evaluate_actions", "train_step", "update", "evaluate",
+    "accelerate", "check_sizes", "main",
 }  # fmt: skip
 FILES = [script(name) for name in NAMES]
 PAIRS = list(combinations(FILES, 2))
