@@ -1,5 +1,6 @@
 """Targets, losses and sampling against a few lines of numpy."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -304,3 +305,44 @@ def check_gradients(gradients, num_metrics: int, max_norm: float) -> None:
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
 def test_gradients_are_those_of_backward_and_clipped_together(module, max_norm):
     check_gradients(module.gradients, 1, max_norm)
+
+
+@pytest.mark.parametrize("module", agents_with("step_adam"))
+def test_adam_written_out_is_torchs(module):
+    """From any step on, with a learning rate for each group, for the parameters named alone, and back again."""
+
+    def make():
+        torch.manual_seed(0)
+        params = [torch.randn(shape, requires_grad=True) for shape in ((4, 3), (5,), ())]
+        groups = [{"params": params[:2], "lr": 0.1}, {"params": params[2:], "lr": torch.tensor(0.01)}]
+        return params, torch.optim.Adam(groups, betas=(0.8, 0.95), eps=1e-3, fused=True)
+
+    (params, reference), (others, optimizer) = make(), make()
+    for number in range(12):
+        if number == 3:
+            module.spell_out(optimizer)
+        chosen = [0, 2] if number % 2 else [0, 1, 2]
+        grads = [torch.randn(params[index].shape) for index in chosen]
+        module.step_optimizer(reference, [params[index] for index in chosen], grads)
+        step = module.step_adam if 3 <= number < 9 else module.step_optimizer
+        step(optimizer, [others[index] for index in chosen], grads)
+        for param, other in zip(params, others):
+            torch.testing.assert_close(param, other)
+            for name, value in reference.state[param].items():
+                torch.testing.assert_close(value, optimizer.state[other][name])
+
+
+@pytest.mark.parametrize("module", agents_with("Critics"))
+def test_bf16_rounds_the_hidden_layers_and_nothing_else(module):
+    obs, actions = torch.randn(64, 17), torch.randn(64, 6)
+    outputs = {}
+    for bf16 in (False, True):
+        torch.manual_seed(0)
+        agent = module.Agent((17,), 6, bf16)
+        outputs[bf16] = agent.critics(obs, actions)
+        assert outputs[bf16].dtype == torch.float32 and all(p.dtype == torch.float32 for p in agent.parameters())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+            assert torch.equal(agent.critics(obs, actions), outputs[False])
+    apart = (outputs[True] - outputs[False]).abs().max() / outputs[False].std()
+    assert 1e-5 < apart < 2e-2
