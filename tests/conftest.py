@@ -49,10 +49,11 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def same_precision():
-    """How exactly matrices are multiplied, which some agents set for their process, is as before after every test."""
+    """How exactly numbers are computed, which the agents set for their process, is as before after every test."""
     before = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(before)
+    torch.set_flush_denormal(False)
 
 
 # ---- agents ----------------------------------------------------------------------------------------------------------
