@@ -118,7 +118,7 @@ class Args:
     """CPU threads of torch; 0 takes what was measured best for this agent"""
     env_threads: int = 0
     """CPU threads of envpool; 0 takes what was measured best for this agent"""
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "fp32"
     """arithmetic of the network: auto is tf32 on CUDA, bf16 on a CPU with AVX512-BF16 and fp32 on any other"""
 
     @property
@@ -218,7 +218,7 @@ class Actor(nn.Module):
         """Actions [batch, action_dim] within [-1, 1] for obs [batch, features] float32."""
         x = self.hidden[0](obs).relu()
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-            x = self.hidden[1](x).relu().to(obs.dtype)  # the first and the last layer are never bf16
+            x = self.hidden[1](x).relu().to(obs.dtype)  # the other layers stay as they are
         return self.head(x).tanh()
 
 
@@ -239,7 +239,7 @@ class Critics(nn.Module):
         x = torch.cat([obs, actions], -1).expand(members, -1, -1)
         x = torch.baddbmm(first[0], x, first[1]).relu()
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-            x = torch.baddbmm(hidden[0], x, hidden[1]).relu().to(obs.dtype)  # the first and the last layer are never bf16
+            x = torch.baddbmm(hidden[0], x, hidden[1]).relu().to(obs.dtype)  # the other layers stay as they are
         return torch.baddbmm(head[0], x, head[1]).squeeze(-1)
 
 

@@ -47,7 +47,7 @@ PEERS = {
     "sb3": Peer(
         "sb3.py", ["stable-baselines3==2.9.2", "gymnasium[atari,mujoco]==1.4.0", "opencv-python-headless", TORCH],
         ("cartpole", "cartpole-defaults", "breakout", "halfcheetah",
-         "dqn", "dqn-defaults", "dqn-breakout", "sac", "td3"),
+         "dqn", "dqn-defaults", "dqn-breakout", "sac", "sac-bf16", "td3", "td3-bf16"),
     ),
     "torchrl": Peer("torchrl_ppo.py", ["torchrl==0.14.1", "gymnasium==1.4.0", TORCH], ("cartpole",)),
     # Sample Factory and PufferLib bring a gymnasium before 1.0 themselves; CartPole-v1 is the same there
@@ -97,7 +97,9 @@ COMPARISONS = {  # name: our agent, our flags, the peers' settings, the steps th
     "dqn-defaults": ("dqn", flags(STARTS), DQN, 60_000, 20_000),
     "dqn-breakout": ("dqn_atari", flags(STARTS | PIXELS), DQN_BREAKOUT, 4_000, 2_000),
     "sac": ("sac_continuous_action", flags(STARTS), SAC, 3_000, 1_000),
+    "sac-bf16": ("sac_continuous_action", flags(STARTS, precision="bf16"), SAC, 3_000, 1_000),
     "td3": ("td3_continuous_action", flags(STARTS), SAC | {"algorithm": "td3"}, 3_000, 1_000),
+    "td3-bf16": ("td3_continuous_action", flags(STARTS, precision="bf16"), SAC | {"algorithm": "td3"}, 3_000, 1_000),
 }  # fmt: skip
 
 
