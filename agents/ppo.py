@@ -631,7 +631,7 @@ def main(args: Args, stop=()) -> dict:
     torch.manual_seed(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads or 1)  # networks this small lose more to handing out work than they gain
-    torch.set_flush_denormal(True)  # fast: what units that died leave in Adam takes a CPU 13 times as long otherwise
+    torch.set_flush_denormal(True)  # fast: dead units leave Adam denormals, which a CPU is 13 times as slow with
     flag = "--evaluate" if args.evaluate else "--resume"
     checkpoint = {"global_step": 0, "wall_seconds": 0.0, "returns": []}
     saved = args.evaluate or (args.resume and (run_dir / "checkpoint.pt").exists())  # else killed before the first one

@@ -613,7 +613,7 @@ def main(args: Args, stop=()) -> dict:
     torch.manual_seed(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads or (cpu_cores() if device.type == "cpu" else 1))
-    torch.set_flush_denormal(True)  # fast: what units that died leave in Adam takes a CPU 13 times as long otherwise
+    torch.set_flush_denormal(True)  # fast: dead units leave Adam denormals, which a CPU is 13 times as slow with
     torch.backends.cudnn.benchmark = True
     # not by the newer fp32_precision: while that is set, torch.compile stumbles over its own reading of the older flags
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"

@@ -761,7 +761,7 @@ def main(args: Args, stop=()) -> dict:
     torch.manual_seed(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads or min(2, cpu_cores()))  # fast: a second one makes 1.6 times the updates
-    torch.set_flush_denormal(True)  # fast: what units that died leave in Adam takes a CPU 13 times as long otherwise
+    torch.set_flush_denormal(True)  # fast: dead units leave Adam denormals, which a CPU is 13 times as slow with
     bf16_cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     bf16 = args.precision == "bf16" or (args.precision == "auto" and bf16_cpu)
     # fast: by oneDNN, matrix products take half of MKL's time on AMD; in fp32 still, which with AMX they would not be
