@@ -417,7 +417,7 @@ def step_optimizer(optimizer, params: tuple, grads) -> None:
 def spell_out(optimizer) -> None:
     """Add what step_adam needs to the state of an Adam: for each parameter, its two betas to the power of its steps.
 
-    ValueError for what step_adam would leave out, so that a changed optimizer never trains otherwise than in eager mode.
+    ValueError for what step_adam would leave out, so that a changed optimizer trains as in eager mode or not at all.
     """
     for group in optimizer.param_groups:
         if group["weight_decay"] or group["amsgrad"] or group["maximize"]:
