@@ -226,26 +226,36 @@ def epsilon_greedy(q_values, epsilon):
     return ((1 - epsilon) * greedy + epsilon / q_values.shape[-1]).log()
 
 
+def channels_last(obs):
+    """obs [batch, 4, 84, 84] uint8, in memory pixel by pixel, as convolutions take them fastest.
+
+    fast: the bytes of a pixel make one integer, which compiles to vector instructions, as a copy of single bytes does
+    not; pictures become bf16 pixels in half the time.
+    """
+    shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=obs.device)[:, None, None]  # the lowest byte comes first
+    packed = (obs.int() << shifts).sum(1, dtype=torch.int32)
+    return packed[..., None].view(torch.uint8).movedim(-1, 1)
+
+
 class QNetwork(nn.Module):
     """The convolutional network of Mnih et al. 2015 (Nature 518) under a head of Q-values."""
 
     def __init__(self, num_actions: int, bf16: bool = False):
         super().__init__()
         self.bf16 = bf16
-        self.trunk = nn.Sequential(
+        self.convolutions = nn.Sequential(
             layer_init(nn.Conv2d(4, 32, 8, stride=4)), nn.ReLU(),
             layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
             layer_init(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(),
-            nn.Flatten(), layer_init(nn.Linear(64 * 7 * 7, 512)), nn.ReLU(),
         )  # fmt: skip
-        self.head = layer_init(nn.Linear(512, num_actions), 1)
+        self.linear, self.head = layer_init(nn.Linear(7 * 7 * 64, 512)), layer_init(nn.Linear(512, num_actions), 1)
 
     def forward(self, obs):
         """Q-values [batch, num_actions] for obs [batch, 4, 84, 84] uint8."""
-        # fast: channels_last takes a third off the time of the convolutions on a CPU
-        pixels = obs.to(torch.bfloat16 if self.bf16 else torch.float32, memory_format=torch.channels_last) / 255
+        pixels = channels_last(obs).to(torch.bfloat16 if self.bf16 else torch.float32) / 255
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-            hidden = self.trunk(pixels).float()  # head and loss are always float32
+            features = self.convolutions(pixels).movedim(1, -1).flatten(1)  # fast: as they lie in memory, not copied
+            hidden = self.linear(features).relu().float()  # head and loss are always float32
         return self.head(hidden)
 
 

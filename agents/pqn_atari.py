@@ -258,17 +258,17 @@ class Rollout:
             return host, host.to(device)
 
         T, N = args.num_steps, args.num_envs
-        obs_shape, num_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
-        obs_dtype = torch.uint8 if envs.single_observation_space.dtype == np.uint8 else torch.float32
+        (depth, *picture), num_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
         # obs[t] came with dones[t]; actions[t], taken there, brought rewards[t] and terminations[t]
-        self.obs = torch.zeros(T + 1, N, *obs_shape, dtype=obs_dtype, device=device)
+        # fast: stacks of pictures in channels_last, sorted once here and not whenever they meet a convolution
+        self.obs = torch.zeros(T + 1, N, *picture, depth, dtype=torch.uint8, device=device).movedim(-1, 2)
         self.actions = torch.zeros(T, N, dtype=torch.int64, device=device)
         self.gumbel = torch.zeros(T, N, num_actions, device=device)
         self.permutations = torch.zeros(args.update_epochs, T * N, dtype=torch.int64, device=device)
         self.host_rewards, self.rewards = twins(T, N)
         self.host_terminations, self.terminations = twins(T, N)
         self.host_dones, self.dones = twins(T + 1, N)
-        self.host_obs = twins(N, *obs_shape, dtype=obs_dtype)[0]  # the newest observations and the answer to them
+        self.host_obs = twins(N, depth, *picture, dtype=torch.uint8)[0]  # the newest observations; the answer to them
         self.host_actions = twins(N, dtype=torch.int32)[0]
 
 
@@ -360,16 +360,19 @@ def update(
     with torch.no_grad():
         # fast: one batched pass here, instead of a maximum computed and stored at every step
         size = args.minibatch_size
-        chunks = [*rollout.obs[:-1].flatten(0, 1).split(size), rollout.obs[-1]]
-        values = torch.cat([max_q(agent, obs) for obs in chunks]).view(-1, args.num_envs)
+        b_obs = rollout.obs[:-1].flatten(0, 1)
+        values = torch.cat([max_q(agent, obs) for obs in (*b_obs.split(size), rollout.obs[-1])]).view(-1, args.num_envs)
         targets = q_lambda(rollout.rewards, values, rollout.terminations, rollout.dones, args.gamma, args.q_lambda)
         valid = 1 - rollout.dones[:-1]  # the action of a reset row did nothing
-        batch = [x.flatten(0, 1) for x in (rollout.obs[:-1], rollout.actions, targets, valid)]
+        batch = [x.flatten(0, 1) for x in (rollout.actions, targets, valid)]
 
     params = tuple(agent.parameters())
     metrics.zero_()
     for permutation in rollout.permutations:
-        for minibatch in zip(*(x[permutation].split(size) for x in batch)):
+        # fast: index_select copies stacks as they lie in memory, where indexing goes from pixel to pixel
+        epoch_obs = b_obs.movedim(1, -1).index_select(0, permutation).movedim(-1, 1)
+        epoch = epoch_obs, *(x[permutation] for x in batch)
+        for minibatch in zip(*(x.split(size) for x in epoch)):
             grads, mb_metrics = gradients(td_loss, params, args.max_grad_norm, agent, *minibatch)
             for param, grad in zip(params, grads):
                 param.grad = grad

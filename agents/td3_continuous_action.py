@@ -237,10 +237,10 @@ class Critics(nn.Module):
         """Q-values [members, batch] for obs [batch, features] and actions [batch, action_dim] within [-1, 1]."""
         first, hidden, head = ((bias[:members], weight[:members]) for bias, weight in zip(self.biases, self.weights))
         x = torch.cat([obs, actions], -1).expand(members, -1, -1)
-        x = torch.baddbmm(first[0], x, first[1]).relu()
+        x = (x @ first[1] + first[0]).relu()
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-            x = torch.baddbmm(hidden[0], x, hidden[1]).relu().to(obs.dtype)  # the other layers stay as they are
-        return torch.baddbmm(head[0], x, head[1]).squeeze(-1)
+            x = (x @ hidden[1] + hidden[0]).relu().to(obs.dtype)  # the other layers stay as they are
+        return (x * head[1].mT).sum(-1) + head[0].squeeze(-1)  # fast: a matrix product for one column is a slow one
 
 
 class Agent(nn.Module):
@@ -453,37 +453,30 @@ def follow(targets: nn.Module, network: nn.Module, tau: float) -> None:
         target.lerp_(param, tau)
 
 
-def train_critics(agent: Agent, optimizer, replay: Replay, random, noise, args: Args, gradients, step_optimizer):
-    """One update of the critics, by the transitions that random [batch_size] picks and noise [batch_size, action_dim];
-    returns the observations [batch_size, features] among them and the METRICS of the critics.
+def train_step(agent: Agent, optimizer, replay: Replay, random, noise, args: Args, gradients, step_optimizer):
+    """policy_frequency updates of the critics, each by its share of random [policy_frequency * batch_size] and of as
+    much noise [..., action_dim], then one of the policy and of all target networks; the sums of METRICS.
     """
-    minibatch, params = replay.sample(random), tuple(agent.critics.parameters())
-    grads, metrics = gradients(td3_critic_loss, params, math.inf, agent, args, *minibatch, noise)
-    step_optimizer(optimizer, params, grads)
-    return minibatch[0], metrics
-
-
-def train_policy(agent: Agent, optimizer, obs, args: Args, gradients, step_optimizer):
-    """One update of the policy for obs [batch_size, features], and of all target networks; its METRICS."""
-    params = tuple(agent.actor.parameters())
-    grads, metrics = gradients(td3_policy_loss, params, math.inf, agent, obs)
-    step_optimizer(optimizer, params, grads)
+    q_params, policy_params = tuple(agent.critics.parameters()), tuple(agent.actor.parameters())
+    q_sums = 0
+    for draw, smoothing in zip(random.split(args.batch_size), noise.split(args.batch_size)):
+        minibatch = replay.sample(draw)
+        grads, q_metrics = gradients(td3_critic_loss, q_params, math.inf, agent, args, *minibatch, smoothing)
+        step_optimizer(optimizer, q_params, grads)
+        q_sums = q_sums + q_metrics
+    grads, policy_metrics = gradients(td3_policy_loss, policy_params, math.inf, agent, minibatch[0])
+    step_optimizer(optimizer, policy_params, grads)
     follow(agent.target_actor, agent.actor, args.tau)
     follow(agent.target_critics, agent.critics, args.tau)
-    return metrics
+    return torch.cat([q_sums, policy_metrics * args.policy_frequency])  # one counts for as many as those of the critics
 
 
-def update(
-    agent: Agent, optimizer, replay: Replay, rollout: Rollout, args: Args, metrics, train_critics, train_policy
-) -> None:
+def update(agent: Agent, optimizer, replay: Replay, rollout: Rollout, args: Args, metrics, train_step) -> None:
     """The learning phase: the updates that an iteration owes; `metrics` gets the means of METRICS."""
     metrics.zero_()
-    draws = zip(rollout.random.split(args.batch_size), rollout.update_noise.split(args.batch_size))
-    for number, (random, noise) in enumerate(draws, start=1):
-        obs, q_metrics = train_critics(agent, optimizer, replay, random, noise, args)
-        metrics[:3] += q_metrics
-        if number % args.policy_frequency == 0:
-            metrics[3:] += train_policy(agent, optimizer, obs, args) * args.policy_frequency
+    size = args.policy_frequency * args.batch_size
+    for random, noise in zip(rollout.random.split(size), rollout.update_noise.split(size)):
+        metrics += train_step(agent, optimizer, replay, random, noise, args)
     metrics /= args.num_updates
 
 
@@ -561,11 +554,7 @@ def accelerate(mode: str, agent: Agent, optimizer, replay: Replay, rollout: Roll
 
     Every mode runs the same functions: leave out all that follows an `if`, and eager mode remains.
     """
-    sample_fn = sample_actions
-    critics_fn, policy_fn = (
-        partial(step_fn, gradients=gradients, step_optimizer=step_optimizer)
-        for step_fn in (train_critics, train_policy)
-    )
+    sample_fn, train_fn = sample_actions, partial(train_step, gradients=gradients, step_optimizer=step_optimizer)
     learn = partial(update, agent, optimizer, replay, rollout, args, metrics)
 
     def trained():
@@ -576,20 +565,16 @@ def accelerate(mode: str, agent: Agent, optimizer, replay: Replay, rollout: Roll
         torch._dynamo.config.trace_autograd_ops = True
         compiled = partial(torch.compile, fullgraph=True, dynamic=False)
         if metrics.is_cuda:
-            sample_fn, compiled_gradients = compiled(sample_actions), compiled(gradients)
-            critics_fn, policy_fn = (partial(fn, gradients=compiled_gradients) for fn in (critics_fn, policy_fn))
-        else:  # fast: an update as one piece; on a CPU, to call the small policy compiled costs more than it saves
-            warm_up(partial(learn, critics_fn, policy_fn), state=trained)  # makes the optimizer's state, for step_adam
+            sample_fn, train_fn = compiled(sample_actions), partial(train_fn, gradients=compiled(gradients))
+        else:  # fast: all in one piece; on a CPU, to call the small policy compiled costs more than it saves
+            warm_up(partial(learn, train_fn), state=trained)  # makes the optimizer's state, which step_adam needs
             spell_out(optimizer)
-            critics_fn, policy_fn = (
-                compiled(partial(fn, step_optimizer=step_adam), options={"cpp_wrapper": True})
-                for fn in (critics_fn, policy_fn)
-            )
+            train_fn = compiled(partial(train_fn, step_optimizer=step_adam), options={"cpp_wrapper": True})
 
     rows = zip(rollout.obs, rollout.noise, rollout.actions)
     ends = rollout.host_obs, rollout.exploring, rollout.bounds, rollout.host_actions
     acts = [partial(act_step, agent, *ends, *row, sample_fn) for row in rows]
-    store, learn = partial(collect, replay, rollout), partial(learn, critics_fn, policy_fn)
+    store, learn = partial(collect, replay, rollout), partial(learn, train_fn)
 
     if mode == "compile":
         warm_up(acts[0], state=list)
