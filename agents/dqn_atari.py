@@ -579,13 +579,14 @@ def accelerate(mode: str, agent: Agent, optimizer, replay: FrameReplay, rollout:
 
     if "compile" in mode:
         torch._dynamo.config.trace_autograd_ops = True
-        compiled = partial(torch.compile, fullgraph=True, dynamic=False)
+        compiled = partial(torch.compile, fullgraph=True, dynamic=False, options={"cpp_wrapper": not metrics.is_cuda})
+        sample_fn = compiled(sample_actions)
         if metrics.is_cuda:
-            sample_fn, train_fn = compiled(sample_actions), partial(train_fn, gradients=compiled(gradients))
-        else:  # fast: a whole update as one piece; on a CPU, to call the policy compiled costs more than it saves
+            train_fn = partial(train_fn, gradients=compiled(gradients))
+        else:  # fast: a whole update as one piece
             warm_up(partial(learn, train_fn), state=trained)  # makes the optimizer's state, which step_adam needs
             spell_out(optimizer)
-            train_fn = compiled(partial(train_fn, step_optimizer=step_adam), options={"cpp_wrapper": True})
+            train_fn = compiled(partial(train_fn, step_optimizer=step_adam))
 
     rows = zip(rollout.obs, rollout.gumbel, rollout.actions)
     acts = [partial(act_step, agent, rollout.host_obs, *row, rollout.host_actions, sample_fn) for row in rows]

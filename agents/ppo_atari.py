@@ -261,7 +261,7 @@ class Rollout:
         T, N = args.num_steps, args.num_envs
         (depth, *picture), num_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
         # obs[t] came with dones[t]; actions[t], taken there, brought rewards[t] and terminations[t]
-        # fast: stacks of pictures in channels_last, sorted once here and not whenever they meet a convolution
+        # fast: in channels_last, as convolutions take them; rearranged once, when they come, and not at every reading
         self.obs = torch.zeros(T + 1, N, *picture, depth, dtype=torch.uint8, device=device).movedim(-1, 2)
         self.actions = torch.zeros(T, N, dtype=torch.int64, device=device)
         self.gumbel = torch.zeros(T, N, num_actions, device=device)
