@@ -226,15 +226,14 @@ def epsilon_greedy(q_values, epsilon):
     return ((1 - epsilon) * greedy + epsilon / q_values.shape[-1]).log()
 
 
-def channels_last(obs):
-    """obs [batch, 4, 84, 84] uint8, in memory pixel by pixel, as convolutions take them fastest.
+def blocks(pictures):
+    """Pictures [..., 84, 84] uint8 as 21 x 21 blocks of 4 x 4 pixels, [..., 21, 21, 16].
 
-    fast: the bytes of a pixel make one integer, which compiles to vector instructions, as a copy of single bytes does
-    not; pictures become bf16 pixels in half the time.
+    fast: the first convolution, over 8 x 8 pixels with a stride of 4, is then one over 2 x 2 blocks with a stride of 1
+    and 16 channels for each of its pictures, which takes half the time for its gradients in bf16 on a CPU with AMX.
     """
-    shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=obs.device)[:, None, None]  # the lowest byte comes first
-    packed = (obs.int() << shifts).sum(1, dtype=torch.int32)
-    return packed[..., None].view(torch.uint8).movedim(-1, 1)
+    rows = pictures.view(torch.int32).unflatten(-2, (21, 4))  # fast: four pixels are moved as one number
+    return rows.transpose(-1, -2).contiguous().view(torch.uint8)
 
 
 class QNetwork(nn.Module):
@@ -244,17 +243,19 @@ class QNetwork(nn.Module):
         super().__init__()
         self.bf16 = bf16
         self.convolutions = nn.Sequential(
-            layer_init(nn.Conv2d(4, 32, 8, stride=4)), nn.ReLU(),
+            layer_init(nn.Conv2d(64, 32, 2)), nn.ReLU(),  # 8 x 8 pixels with a stride of 4: see `blocks`
             layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
             layer_init(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(),
         )  # fmt: skip
         self.linear, self.head = layer_init(nn.Linear(7 * 7 * 64, 512)), layer_init(nn.Linear(512, num_actions), 1)
 
     def forward(self, obs):
-        """Q-values [batch, num_actions] for obs [batch, 4, 84, 84] uint8."""
-        pixels = channels_last(obs).to(torch.bfloat16 if self.bf16 else torch.float32) / 255
+        """Q-values [batch, num_actions] for obs [batch, 4, 21, 21, 16] uint8."""
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        # fast: the channels of a block lie side by side (channels_last): two thirds of a CPU's time for convolutions
+        pixels = torch.cat([picture.to(dtype) / 255 for picture in obs.unbind(1)], -1)
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-            features = self.convolutions(pixels).movedim(1, -1).flatten(1)  # fast: as they lie in memory, not copied
+            features = self.convolutions(pixels.movedim(-1, 1)).movedim(1, -1).flatten(1)
             hidden = self.linear(features).relu().float()  # head and loss are always float32
         return self.head(hidden)
 
@@ -291,9 +292,8 @@ class Rollout:
 
         T, N = args.num_steps, args.num_envs
         obs_shape, num_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
-        obs_dtype = torch.uint8 if envs.single_observation_space.dtype == np.uint8 else torch.float32
         # obs[t] came with dones[t]; actions[t], taken there, brought rewards[t] and terminations[t]
-        self.obs = torch.zeros(T + 1, N, *obs_shape, dtype=obs_dtype, device=device)
+        self.obs = torch.zeros(T + 1, N, obs_shape[0], 21, 21, 16, dtype=torch.uint8, device=device)
         self.actions = torch.zeros(T, N, dtype=torch.int64, device=device)
         self.gumbel = torch.zeros(T, N, num_actions, device=device)
         self.random = torch.zeros(args.num_updates * args.batch_size, dtype=torch.int64, device=device)
@@ -301,7 +301,7 @@ class Rollout:
         self.host_terminations, self.terminations = twins(T, N)
         self.host_dones, self.dones = twins(T + 1, N)
         self.host_ages, self.ages = twins(T + 1, N, dtype=torch.int64)  # of the frames before obs[t], how many to stack
-        self.host_obs = twins(N, *obs_shape, dtype=obs_dtype)[0]  # the newest observations and the answer to them
+        self.host_obs = twins(N, *obs_shape, dtype=torch.uint8)[0]  # the newest observations and the answer to them
         self.host_actions = twins(N, dtype=torch.int32)[0]
 
 
@@ -345,8 +345,8 @@ class FrameReplay(nn.Module):
         self.written += len(valid)
 
     def stacks(self, rows, envs):
-        """Observations [batch, depth, 84, 84] that came in these rows to these envs, [batch] each. A game's first frame
-        stands for those before it, as in envpool.
+        """Observations [batch, depth, 21, 21, 16] that came in these rows to these envs, [batch] each. The first frame
+        of a game stands for those before it, as in envpool.
         """
         back = torch.arange(self.depth - 1, -1, -1, device=rows.device)
         back = torch.minimum(back, self.ages[rows, envs, None])
@@ -385,7 +385,7 @@ def sample_actions(agent: Agent, obs, gumbel):
 @torch.no_grad()
 def act_step(agent: Agent, host_obs, obs, gumbel, actions, host_actions, sample_actions=sample_actions) -> None:
     """One step of acting: host_obs into the rollout's row `obs`, actions for it into `actions` and host_actions."""
-    obs.copy_(host_obs, non_blocking=True)
+    obs.copy_(blocks(host_obs.to(obs.device, non_blocking=True)))
     actions.copy_(sample_actions(agent, obs, gumbel))
     host_actions.copy_(actions, non_blocking=True)
 
@@ -393,7 +393,7 @@ def act_step(agent: Agent, host_obs, obs, gumbel, actions, host_actions, sample_
 @torch.no_grad()
 def collect(replay: FrameReplay, rollout: Rollout) -> None:
     """Bring what the environments answered onto the device, and the iteration's transitions into the replay buffer."""
-    rollout.obs[-1].copy_(rollout.host_obs, non_blocking=True)
+    rollout.obs[-1].copy_(blocks(rollout.host_obs.to(rollout.obs.device, non_blocking=True)))
     rollout.rewards.copy_(rollout.host_rewards, non_blocking=True)
     rollout.terminations.copy_(rollout.host_terminations, non_blocking=True)
     rollout.dones.copy_(rollout.host_dones, non_blocking=True)
@@ -513,7 +513,7 @@ def evaluate(agent: Agent, envs, episodes: int, generator: torch.Generator, stop
             frames.append(envs.render()[0])
         if stop:
             break
-        logits = agent.policy(torch.from_numpy(obs).to(generator.device))
+        logits = agent.policy(blocks(torch.from_numpy(obs).to(generator.device)))
         noise = torch.empty_like(logits).exponential_(generator=generator).log_()
         obs, *results = envs.step((logits - noise).argmax(-1).to("cpu", torch.int32).numpy())
         rewards, overs = true_game(*results)

@@ -208,6 +208,16 @@ def layer_init(layer, std=2**0.5):
     return layer
 
 
+def blocks(pictures):
+    """Pictures [..., 84, 84] uint8 as 21 x 21 blocks of 4 x 4 pixels, [..., 21, 21, 16].
+
+    fast: the first convolution, over 8 x 8 pixels with a stride of 4, is then one over 2 x 2 blocks with a stride of 1
+    and 16 channels for each of its pictures, which takes half the time for its gradients in bf16 on a CPU with AMX.
+    """
+    rows = pictures.view(torch.int32).unflatten(-2, (21, 4))  # fast: four pixels are moved as one number
+    return rows.transpose(-1, -2).contiguous().view(torch.uint8)
+
+
 class Agent(nn.Module):
     """The convolutional network of Mnih et al. 2015 (Nature 518) under a policy head and a value head."""
 
@@ -215,7 +225,7 @@ class Agent(nn.Module):
         super().__init__()
         self.bf16 = bf16
         self.convolutions = nn.Sequential(
-            layer_init(nn.Conv2d(4, 32, 8, stride=4)), nn.ReLU(),
+            layer_init(nn.Conv2d(64, 32, 2)), nn.ReLU(),  # 8 x 8 pixels with a stride of 4: see `blocks`
             layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
             layer_init(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(),
         )  # fmt: skip
@@ -223,18 +233,19 @@ class Agent(nn.Module):
         self.actor, self.critic = layer_init(nn.Linear(512, num_actions), 0.01), layer_init(nn.Linear(512, 1), 1)
 
     def hidden(self, obs):
-        # fast: channels_last takes a third off the time of the convolutions on a CPU
-        pixels = obs.to(torch.bfloat16 if self.bf16 else torch.float32, memory_format=torch.channels_last) / 255
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        # fast: the channels of a block lie side by side (channels_last): two thirds of a CPU's time for convolutions
+        pixels = torch.cat([picture.to(dtype) / 255 for picture in obs.unbind(1)], -1)
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-            features = self.convolutions(pixels).movedim(1, -1).flatten(1)  # fast: as they lie in memory, not copied
+            features = self.convolutions(pixels.movedim(-1, 1)).movedim(1, -1).flatten(1)
             return self.linear(features).relu().float()  # heads and losses are always float32
 
     def policy(self, obs):
-        """Logits [batch, num_actions] for obs [batch, 4, 84, 84] uint8."""
+        """Logits [batch, num_actions] for obs [batch, 4, 21, 21, 16] uint8."""
         return self.actor(self.hidden(obs))
 
     def value(self, obs):
-        """Values [batch] for obs [batch, 4, 84, 84] uint8."""
+        """Values [batch] for obs [batch, 4, 21, 21, 16] uint8."""
         return self.critic(self.hidden(obs)).squeeze(-1)
 
     def forward(self, obs):
@@ -259,17 +270,16 @@ class Rollout:
             return host, host.to(device)
 
         T, N = args.num_steps, args.num_envs
-        (depth, *picture), num_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
+        obs_shape, num_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
         # obs[t] came with dones[t]; actions[t], taken there, brought rewards[t] and terminations[t]
-        # fast: in channels_last, as convolutions take them; rearranged once, when they come, and not at every reading
-        self.obs = torch.zeros(T + 1, N, *picture, depth, dtype=torch.uint8, device=device).movedim(-1, 2)
+        self.obs = torch.zeros(T + 1, N, obs_shape[0], 21, 21, 16, dtype=torch.uint8, device=device)
         self.actions = torch.zeros(T, N, dtype=torch.int64, device=device)
         self.gumbel = torch.zeros(T, N, num_actions, device=device)
         self.permutations = torch.zeros(args.update_epochs, T * N, dtype=torch.int64, device=device)
         self.host_rewards, self.rewards = twins(T, N)
         self.host_terminations, self.terminations = twins(T, N)
         self.host_dones, self.dones = twins(T + 1, N)
-        self.host_obs = twins(N, depth, *picture, dtype=torch.uint8)[0]  # the newest observations; the answer to them
+        self.host_obs = twins(N, *obs_shape, dtype=torch.uint8)[0]  # the newest observations and the answer to them
         self.host_actions = twins(N, dtype=torch.int32)[0]
 
 
@@ -291,7 +301,7 @@ def sample_actions(agent: Agent, obs, gumbel):
 @torch.no_grad()
 def act_step(agent: Agent, host_obs, obs, gumbel, actions, host_actions, sample_actions=sample_actions) -> None:
     """One step of acting: host_obs into the rollout's row `obs`, actions for it into `actions` and host_actions."""
-    obs.copy_(host_obs, non_blocking=True)
+    obs.copy_(blocks(host_obs.to(obs.device, non_blocking=True)))
     actions.copy_(sample_actions(agent, obs, gumbel))
     host_actions.copy_(actions, non_blocking=True)
 
@@ -366,7 +376,7 @@ def update(
     gae=gae, evaluate_actions=evaluate_actions, gradients=gradients,
 ) -> None:  # fmt: skip
     """The learning phase: targets, then update_epochs passes over the rollout; `metrics` gets the means of METRICS."""
-    rollout.obs[-1].copy_(rollout.host_obs, non_blocking=True)
+    rollout.obs[-1].copy_(blocks(rollout.host_obs.to(rollout.obs.device, non_blocking=True)))
     rollout.rewards.copy_(rollout.host_rewards, non_blocking=True)
     rollout.terminations.copy_(rollout.host_terminations, non_blocking=True)
     rollout.dones.copy_(rollout.host_dones, non_blocking=True)
@@ -382,15 +392,13 @@ def update(
         b_advantages = advantages.flatten()
         b_returns = b_advantages + b_values
         b_valid = 1 - rollout.dones[:-1].flatten()  # the action of a reset row did nothing
-        batch = b_actions, b_logprobs, b_values, b_advantages, b_returns, b_valid
+        batch = b_obs, b_actions, b_logprobs, b_values, b_advantages, b_returns, b_valid
 
     params = tuple(agent.parameters())
     metrics.zero_()
     for permutation in rollout.permutations:
-        # fast: index_select copies stacks as they lie in memory, where indexing goes from pixel to pixel
-        epoch_obs = b_obs.movedim(1, -1).index_select(0, permutation).movedim(-1, 1)
-        epoch = epoch_obs, *(x[permutation] for x in batch)
-        for minibatch in zip(*(x.split(size) for x in epoch)):
+        # fast: index_select copies whole stacks of pictures, where indexing goes from pixel to pixel
+        for minibatch in zip(*(x.index_select(0, permutation).split(size) for x in batch)):
             grads, mb_metrics = gradients(ppo_loss, params, args.max_grad_norm, agent, args, *minibatch)
             for param, grad in zip(params, grads):
                 param.grad = grad
@@ -414,7 +422,7 @@ def evaluate(agent: Agent, envs, episodes: int, generator: torch.Generator, stop
             frames.append(envs.render()[0])
         if stop:
             break
-        logits = agent.policy(torch.from_numpy(obs).to(generator.device))
+        logits = agent.policy(blocks(torch.from_numpy(obs).to(generator.device)))
         noise = torch.empty_like(logits).exponential_(generator=generator).log_()
         obs, *results = envs.step((logits - noise).argmax(-1).to("cpu", torch.int32).numpy())
         rewards, overs = true_game(*results)

@@ -217,6 +217,16 @@ def layer_init(layer, std=2**0.5):
     return layer
 
 
+def blocks(pictures):
+    """Pictures [..., 84, 84] uint8 as 21 x 21 blocks of 4 x 4 pixels, [..., 21, 21, 16].
+
+    fast: the first convolution, over 8 x 8 pixels with a stride of 4, is then one over 2 x 2 blocks with a stride of 1
+    and 16 channels for each of its pictures, which takes half the time for its gradients in bf16 on a CPU with AMX.
+    """
+    rows = pictures.view(torch.int32).unflatten(-2, (21, 4))  # fast: four pixels are moved as one number
+    return rows.transpose(-1, -2).contiguous().view(torch.uint8)
+
+
 class Agent(nn.Module):
     """The convolutional network of Mnih et al. 2015 (Nature 518), an LSTM, a policy head and a value head.
 
@@ -227,7 +237,7 @@ class Agent(nn.Module):
         super().__init__()
         self.bf16 = bf16
         self.convolutions = nn.Sequential(
-            layer_init(nn.Conv2d(1, 32, 8, stride=4)), nn.ReLU(),
+            layer_init(nn.Conv2d(16, 32, 2)), nn.ReLU(),  # 8 x 8 pixels with a stride of 4: see `blocks`
             layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
             layer_init(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(),
         )  # fmt: skip
@@ -238,10 +248,11 @@ class Agent(nn.Module):
         self.critic = layer_init(nn.Linear(LSTM_SIZE, 1), 1)
 
     def hidden(self, obs):
-        # fast: channels_last takes a third off the time of the convolutions on a CPU
-        pixels = obs.to(torch.bfloat16 if self.bf16 else torch.float32, memory_format=torch.channels_last) / 255
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        # fast: the channels of a block lie side by side (channels_last): two thirds of a CPU's time for convolutions
+        pixels = torch.cat([picture.to(dtype) / 255 for picture in obs.unbind(1)], -1)
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-            features = self.convolutions(pixels).movedim(1, -1).flatten(1)  # fast: as they lie in memory, not copied
+            features = self.convolutions(pixels.movedim(-1, 1)).movedim(1, -1).flatten(1)
             return self.linear(features).relu().float()  # heads and losses are always float32
 
     def policy(self, memories):
@@ -258,7 +269,7 @@ class Agent(nn.Module):
 
 
 def lstm_inputs(agent: Agent, obs):
-    """What obs [batch, 1, 84, 84] uint8 give to the gates of the LSTM, [batch, 4 * LSTM_SIZE]."""
+    """What obs [batch, 1, 21, 21, 16] uint8 give to the gates of the LSTM, [batch, 4 * LSTM_SIZE]."""
     return agent.input_gates(agent.hidden(obs))
 
 
@@ -275,7 +286,7 @@ def lstm_step(agent: Agent, inputs, state, keep):
 
 
 def remember(agent: Agent, obs, state, dones, lstm_inputs=lstm_inputs, lstm_step=lstm_step):
-    """Memories [T * N, LSTM_SIZE] of the sequences obs [T, N, 1, 84, 84] uint8, and the state for what follows them.
+    """Memories [T * N, LSTM_SIZE] of the sequences obs [T, N, 1, 21, 21, 16] uint8, and the state for what comes next.
 
     dones: [T, N]; state: [2, N, LSTM_SIZE] from before obs[0]. dones[t] marks obs[t] as the last of its episode: its
     memory is still the episode's, for a truncated one bootstraps from there, and obs[t + 1] starts from a zero state.
@@ -306,9 +317,8 @@ class Rollout:
 
         T, N = args.num_steps, args.num_envs
         obs_shape, num_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
-        obs_dtype = torch.uint8 if envs.single_observation_space.dtype == np.uint8 else torch.float32
         # obs[t] came with dones[t]; actions[t], taken there, brought rewards[t] and terminations[t]
-        self.obs = torch.zeros(T + 1, N, *obs_shape, dtype=obs_dtype, device=device)
+        self.obs = torch.zeros(T + 1, N, obs_shape[0], 21, 21, 16, dtype=torch.uint8, device=device)
         self.actions = torch.zeros(T, N, dtype=torch.int64, device=device)
         self.gumbel = torch.zeros(T, N, num_actions, device=device)
         self.permutations = torch.zeros(args.update_epochs, N, dtype=torch.int64, device=device)
@@ -317,7 +327,7 @@ class Rollout:
         self.host_rewards, self.rewards = twins(T, N)
         self.host_terminations, self.terminations = twins(T, N)
         self.host_dones, self.dones = twins(T + 1, N)
-        self.host_obs = twins(N, *obs_shape, dtype=obs_dtype)[0]  # the newest observations and the answer to them
+        self.host_obs = twins(N, *obs_shape, dtype=torch.uint8)[0]  # the newest observations and the answer to them
         self.host_actions = twins(N, dtype=torch.int32)[0]
 
 
@@ -345,7 +355,7 @@ def act_step(
 
     The same for host_dones and `dones`, which came with it; `state` [2, num_envs, LSTM_SIZE] moves on in place.
     """
-    obs.copy_(host_obs, non_blocking=True)
+    obs.copy_(blocks(host_obs.to(obs.device, non_blocking=True)))
     dones.copy_(host_dones, non_blocking=True)
     memories, next_state = remember(agent, obs[None], state, dones[None])
     state.copy_(next_state)
@@ -431,7 +441,7 @@ def update(
     gae=gae, evaluate_actions=evaluate_actions, ppo_loss=ppo_loss, lstm_inputs=lstm_inputs, lstm_step=lstm_step,
 ) -> None:  # fmt: skip
     """The learning phase: targets, then update_epochs passes over the rollout; `metrics` gets the means of METRICS."""
-    rollout.obs[-1].copy_(rollout.host_obs, non_blocking=True)
+    rollout.obs[-1].copy_(blocks(rollout.host_obs.to(rollout.obs.device, non_blocking=True)))
     rollout.rewards.copy_(rollout.host_rewards, non_blocking=True)
     rollout.terminations.copy_(rollout.host_terminations, non_blocking=True)
     rollout.dones.copy_(rollout.host_dones, non_blocking=True)
@@ -485,7 +495,7 @@ def evaluate(agent: Agent, envs, episodes: int, generator: torch.Generator, stop
             frames.append(envs.render()[0])
         if stop:
             break
-        memories, state = remember(agent, tensor(obs[None]), state, tensor(dones[None], dtype=torch.float32))
+        memories, state = remember(agent, blocks(tensor(obs[None])), state, tensor(dones[None], dtype=torch.float32))
         logits = agent.policy(memories)
         noise = torch.empty_like(logits).exponential_(generator=generator).log_()
         obs, *results = envs.step((logits - noise).argmax(-1).to("cpu", torch.int32).numpy())

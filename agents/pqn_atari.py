@@ -213,32 +213,43 @@ def epsilon_greedy(q_values, epsilon):
     return ((1 - epsilon) * greedy + epsilon / q_values.shape[-1]).log()
 
 
+def blocks(pictures):
+    """Pictures [..., 84, 84] uint8 as 21 x 21 blocks of 4 x 4 pixels, [..., 21, 21, 16].
+
+    fast: the first convolution, over 8 x 8 pixels with a stride of 4, is then one over 2 x 2 blocks with a stride of 1
+    and 16 channels for each of its pictures, which takes half the time for its gradients in bf16 on a CPU with AMX.
+    """
+    rows = pictures.view(torch.int32).unflatten(-2, (21, 4))  # fast: four pixels are moved as one number
+    return rows.transpose(-1, -2).contiguous().view(torch.uint8)
+
+
 class Agent(nn.Module):
     """The convolutional network of Mnih et al. 2015 (Nature 518), every layer normalised, under a head of Q-values."""
 
     def __init__(self, num_actions: int, bf16: bool = False):
         super().__init__()
         self.bf16 = bf16
-        convolutions = nn.Conv2d(4, 32, 8, stride=4), nn.Conv2d(32, 64, 4, stride=2), nn.Conv2d(64, 64, 3, stride=1)
+        # the first one, on `blocks`, is that of 8 x 8 pixels with a stride of 4
+        convolutions = nn.Conv2d(64, 32, 2), nn.Conv2d(32, 64, 4, stride=2), nn.Conv2d(64, 64, 3, stride=1)
         self.convolutions = nn.ModuleList(map(layer_init, convolutions))
         self.linear, self.head = layer_init(nn.Linear(64 * 7 * 7, 512)), layer_init(nn.Linear(512, num_actions), 1)
         self.norms = nn.ModuleList(map(nn.LayerNorm, (32, 64, 64, 512)))
         self.register_buffer("epsilon", torch.zeros(()), persistent=False)  # main sets it: see --start-e
 
     def forward(self, obs):
-        """Q-values [batch, num_actions] for obs [batch, 4, 84, 84] uint8."""
-        # fast: channels_last takes a third off the time of the convolutions on a CPU, and has the channels of a pixel
-        # side by side, which are what the paper normalises over
-        pixels = obs.to(torch.bfloat16 if self.bf16 else torch.float32, memory_format=torch.channels_last) / 255
+        """Q-values [batch, num_actions] for obs [batch, 4, 21, 21, 16] uint8."""
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        # fast: the channels of a block lie side by side (channels_last): two thirds of a CPU's time for convolutions. Over
+        # channels the paper normalises, too
+        x = torch.cat([picture.to(dtype) / 255 for picture in obs.unbind(1)], -1)
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-            x = pixels.movedim(1, -1)  # [batch, height, width, channels]
-            for convolution, norm in zip(self.convolutions, self.norms):
+            for convolution, norm in zip(self.convolutions, self.norms):  # x: [batch, height, width, channels]
                 x = norm(convolution(x.movedim(-1, 1)).movedim(1, -1)).relu()
             hidden = self.norms[-1](self.linear(x.flatten(1))).relu().float()  # head and loss are always float32
         return self.head(hidden)
 
     def policy(self, obs):
-        """Log-probabilities [batch, num_actions] of the epsilon-greedy policy for obs [batch, 4, 84, 84] uint8."""
+        """Log-probabilities [batch, num_actions] of the epsilon-greedy policy for obs [batch, 4, 21, 21, 16] uint8."""
         return epsilon_greedy(self(obs), self.epsilon)
 
 
@@ -258,17 +269,16 @@ class Rollout:
             return host, host.to(device)
 
         T, N = args.num_steps, args.num_envs
-        (depth, *picture), num_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
+        obs_shape, num_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
         # obs[t] came with dones[t]; actions[t], taken there, brought rewards[t] and terminations[t]
-        # fast: in channels_last, as convolutions take them; rearranged once, when they come, and not at every reading
-        self.obs = torch.zeros(T + 1, N, *picture, depth, dtype=torch.uint8, device=device).movedim(-1, 2)
+        self.obs = torch.zeros(T + 1, N, obs_shape[0], 21, 21, 16, dtype=torch.uint8, device=device)
         self.actions = torch.zeros(T, N, dtype=torch.int64, device=device)
         self.gumbel = torch.zeros(T, N, num_actions, device=device)
         self.permutations = torch.zeros(args.update_epochs, T * N, dtype=torch.int64, device=device)
         self.host_rewards, self.rewards = twins(T, N)
         self.host_terminations, self.terminations = twins(T, N)
         self.host_dones, self.dones = twins(T + 1, N)
-        self.host_obs = twins(N, depth, *picture, dtype=torch.uint8)[0]  # the newest observations; the answer to them
+        self.host_obs = twins(N, *obs_shape, dtype=torch.uint8)[0]  # the newest observations and the answer to them
         self.host_actions = twins(N, dtype=torch.int32)[0]
 
 
@@ -290,7 +300,7 @@ def sample_actions(agent: Agent, obs, gumbel):
 @torch.no_grad()
 def act_step(agent: Agent, host_obs, obs, gumbel, actions, host_actions, sample_actions=sample_actions) -> None:
     """One step of acting: host_obs into the rollout's row `obs`, actions for it into `actions` and host_actions."""
-    obs.copy_(host_obs, non_blocking=True)
+    obs.copy_(blocks(host_obs.to(obs.device, non_blocking=True)))
     actions.copy_(sample_actions(agent, obs, gumbel))
     host_actions.copy_(actions, non_blocking=True)
 
@@ -352,7 +362,7 @@ def update(
     q_lambda=q_lambda, max_q=max_q, gradients=gradients,
 ) -> None:  # fmt: skip
     """The learning phase: targets, then update_epochs passes over the rollout; `metrics` gets the means of METRICS."""
-    rollout.obs[-1].copy_(rollout.host_obs, non_blocking=True)
+    rollout.obs[-1].copy_(blocks(rollout.host_obs.to(rollout.obs.device, non_blocking=True)))
     rollout.rewards.copy_(rollout.host_rewards, non_blocking=True)
     rollout.terminations.copy_(rollout.host_terminations, non_blocking=True)
     rollout.dones.copy_(rollout.host_dones, non_blocking=True)
@@ -364,15 +374,13 @@ def update(
         values = torch.cat([max_q(agent, obs) for obs in (*b_obs.split(size), rollout.obs[-1])]).view(-1, args.num_envs)
         targets = q_lambda(rollout.rewards, values, rollout.terminations, rollout.dones, args.gamma, args.q_lambda)
         valid = 1 - rollout.dones[:-1]  # the action of a reset row did nothing
-        batch = [x.flatten(0, 1) for x in (rollout.actions, targets, valid)]
+        batch = b_obs, *(x.flatten() for x in (rollout.actions, targets, valid))
 
     params = tuple(agent.parameters())
     metrics.zero_()
     for permutation in rollout.permutations:
-        # fast: index_select copies stacks as they lie in memory, where indexing goes from pixel to pixel
-        epoch_obs = b_obs.movedim(1, -1).index_select(0, permutation).movedim(-1, 1)
-        epoch = epoch_obs, *(x[permutation] for x in batch)
-        for minibatch in zip(*(x.split(size) for x in epoch)):
+        # fast: index_select copies whole stacks of pictures, where indexing goes from pixel to pixel
+        for minibatch in zip(*(x.index_select(0, permutation).split(size) for x in batch)):
             grads, mb_metrics = gradients(td_loss, params, args.max_grad_norm, agent, *minibatch)
             for param, grad in zip(params, grads):
                 param.grad = grad
@@ -396,7 +404,7 @@ def evaluate(agent: Agent, envs, episodes: int, generator: torch.Generator, stop
             frames.append(envs.render()[0])
         if stop:
             break
-        logits = agent.policy(torch.from_numpy(obs).to(generator.device))
+        logits = agent.policy(blocks(torch.from_numpy(obs).to(generator.device)))
         noise = torch.empty_like(logits).exponential_(generator=generator).log_()
         obs, *results = envs.step((logits - noise).argmax(-1).to("cpu", torch.int32).numpy())
         rewards, overs = true_game(*results)

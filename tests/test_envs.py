@@ -6,6 +6,7 @@ import threading
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from conftest import agent_named, agents_with, tiny_args
 
 ppo, atari = agent_named("ppo"), agent_named("ppo_atari")
@@ -55,6 +56,19 @@ def test_environment_i_has_seed_plus_i(module):
     first, _ = module.make_envs(module.Args(), 3, seed=11).reset()
     second, _ = module.make_envs(module.Args(), 2, seed=12).reset()
     np.testing.assert_array_equal(first[1:], second)
+
+
+@pytest.mark.parametrize("module", agents_with("blocks"))
+def test_two_by_two_blocks_convolve_as_eight_by_eight_pixels(module):
+    pictures, generator = torch.randint(256, (3, 4, 84, 84), dtype=torch.uint8), torch.Generator().manual_seed(0)
+    blocks = module.blocks(pictures)
+    assert blocks[2, 1, 5, 7, 4 * 3 + 2] == pictures[2, 1, 4 * 5 + 3, 4 * 7 + 2]
+    kernel = torch.randn(8, 4, 8, 8, generator=generator, dtype=torch.float64)
+    expected = torch.nn.functional.conv2d(pictures.double(), kernel, stride=4)
+    kernel = kernel.unflatten(-1, (2, 4)).unflatten(-3, (2, 4))  # [out, picture, block, row in it, block, column in it]
+    kernel = kernel.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+    channels = blocks.permute(0, 1, 4, 2, 3).flatten(1, 2).double()
+    torch.testing.assert_close(torch.nn.functional.conv2d(channels, kernel), expected)
 
 
 def test_atari_true_games_run_over_lives_and_are_not_clipped():

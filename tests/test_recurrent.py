@@ -15,7 +15,7 @@ recurrent = pytest.mark.parametrize("module", agents_with("remember"))
 def sequences(T, N, seed):
     """Pictures, a state that is not zero and dones, as `remember` takes them."""
     generator = torch.Generator().manual_seed(seed)
-    obs = torch.randint(256, (T, N, 1, 84, 84), dtype=torch.uint8, generator=generator)
+    obs = torch.randint(256, (T, N, 1, 21, 21, 16), dtype=torch.uint8, generator=generator)
     dones = (torch.rand(T, N, generator=generator) < 0.3).float()
     return obs, torch.randn(2, N, 128, generator=generator), dones
 
@@ -159,10 +159,10 @@ def play_recall(agent, stack, convolutional, monkeypatch, tmp_path, seed=1):
 
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            self.trunk = module.layer_init(torch.nn.Linear(49 * stack, 512))
+            self.convolutions, self.linear = None, module.layer_init(torch.nn.Linear(49 * stack, 512))
 
         def hidden(self, obs):
-            return self.trunk(obs[..., 6::12, 6::12].flatten(1) / 255).relu()
+            return self.linear(obs[..., 1::3, 1::3, 10].flatten(1) / 255).relu()
 
     monkeypatch.setattr(module, "make_envs", lambda args, num_envs, seed: Recall(num_envs, seed, stack))
     if not convolutional:
@@ -185,7 +185,7 @@ def test_an_evaluated_game_begins_with_a_zero_state(module, monkeypatch):
     seen, remember = [], module.remember
 
     def record(agent, obs, state, dones):
-        seen.append((obs[0, :, 0].amax((1, 2)) > 0, state.abs().amax((0, 2))))
+        seen.append((obs[0, :, 0].amax((1, 2, 3)) > 0, state.abs().amax((0, 2))))
         return remember(agent, obs, state, dones)
 
     monkeypatch.setattr(module, "remember", record)

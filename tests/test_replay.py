@@ -220,13 +220,6 @@ def transitions(rows, seed, discrete):
     return obs, actions, rewards, (rng.random(rows) < 0.3).astype(float), next_obs
 
 
-@pytest.mark.parametrize("module", agents_with("channels_last"))
-def test_packed_pictures_are_the_same_pictures(module):
-    obs = torch.randint(256, (3, 4, 84, 84), dtype=torch.uint8)
-    assert torch.equal(module.channels_last(obs), obs)
-    assert module.channels_last(obs).is_contiguous(memory_format=torch.channels_last)
-
-
 @pytest.mark.parametrize("module", agents_with("dqn_loss"))
 def test_dqn_loss_is_the_papers(module):
     """Terminations do not bootstrap; all else does, from the target network's best action."""
