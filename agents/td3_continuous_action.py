@@ -149,7 +149,7 @@ MANY = 2**31 - 1
 LIMITS = {  # smallest and largest value of each number
     "seed": (0, MANY), "total_timesteps": (1, 10**15), "eval_episodes": (0, MANY), "checkpoint_minutes": (0, MANY),
     "num_envs": (1, MANY), "buffer_size": (1, MANY), "learning_starts": (0, MANY), "utd": (0.01, 1000),
-    "batch_size": (1, MANY), "learning_rate": (0, 1), "gamma": (0, 1), "policy_frequency": (1, 1000), "tau": (0, 1),
+    "batch_size": (1, MANY), "learning_rate": (0, 1), "gamma": (0, 1), "policy_frequency": (1, 20), "tau": (0, 1),
     "exploration_noise": (0, MANY), "policy_noise": (0, MANY), "noise_clip": (0, MANY), "torch_threads": (0, 1024),
     "env_threads": (0, 1024),
 }  # fmt: skip
