@@ -192,7 +192,8 @@ def test_two_ranks_learn_as_one_process_on_the_joined_batch(two_ranks, tmp_path)
     rollout = atari.Rollout(args, it.envs, torch.device("cpu"))
     for name in ROWS:
         getattr(rollout, name).copy_(torch.cat([seen[name] for seen in ranks], dim=1))
-    rollout.host_obs.copy_(rollout.obs[-1])
+    pictures = rollout.obs[-1].unflatten(-1, (4, 4)).transpose(-3, -2)  # of `blocks`, the other way round
+    rollout.host_obs.copy_(pictures.reshape(rollout.host_obs.shape))
     for own, joined in zip(zip(*(seen["permutations"] for seen in ranks)), rollout.permutations):
         # row t x 4 + n of rank r is row t x 8 + 4 r + n of the joined batch
         parts = [(row // 4 * 8 + 4 * rank + row % 4).view(2, -1) for rank, row in enumerate(own)]
