@@ -103,7 +103,7 @@ class Args:
     gamma: float = 0.99
     """discount factor"""
     policy_frequency: int = 2
-    """updates of the critics for one of the policy and of all target networks"""
+    """updates of the critics for one of the policy and of all target networks; compiled in one piece, so at most 20"""
     tau: float = 0.005
     """how far an update of a target network moves it towards the network: 1 makes it a copy"""
     exploration_noise: float = 0.1
