@@ -20,6 +20,7 @@ Differs from the paper in
 - returns, logged and evaluated, are those of whole games, unclipped, however rewards and lives train the agent.
 """
 
+import ctypes
 import difflib
 import importlib.util
 import io
@@ -161,6 +162,7 @@ LIMITS = {  # smallest and largest value of each number
 }  # fmt: skip
 METRICS = ("td_loss", "q_values", "grad_norm")
 CPU_MODE = "compile"  # of --mode auto; 1.16 times the steps of eager mode on Breakout, and runs are long
+OPENMP = ctypes.CDLL(torch._C.__file__)  # what torch links to can be called by way of it
 
 
 # ---- environments ----------------------------------------------------------------------------------------------------
@@ -194,12 +196,15 @@ def make_envs(args: Args, num_envs: int, seed: int, render: bool = False) -> Env
     if envpool.make_spec(args.env_id).observation_space.shape != (4, 84, 84):
         fail(f"--env-id {args.env_id}: this agent plays Atari games, for example Pong-v5")
     threads = min(num_envs, args.env_threads or cpu_cores())
+    # fast: where torch keeps all cores busy, too, the system lets two of these threads wait for each other on one core
+    affinity = 0 if torch.get_num_threads() > 1 and threads == os.cpu_count() else -1  # one core each, or any
     extra = {"render_mode": "rgb_array"} if render else {}
     return EnvPool(
         envpool.make(
             args.env_id, env_type="gymnasium", num_envs=num_envs, num_threads=threads, seed=seed,
             frame_skip=args.frame_skip, max_episode_steps=108_000 // args.frame_skip,  # half an hour of the game
             repeat_action_probability=args.sticky_actions, full_action_space=args.full_action_space,
+            thread_affinity_offset=affinity,
             episodic_life=args.episodic_life, reward_clip=args.clip_reward, **extra,
         )
     )  # fmt: skip
@@ -535,6 +540,16 @@ def cpu_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def end_threads() -> None:
+    """End torch's threads but this one; the next operation on several threads starts new ones, which takes 50 us.
+
+    fast: after an operation they wait for the next one for milliseconds without leaving their cores, and that is while
+    the environments step. A GPU needs none of them.
+    """
+    if torch.get_num_threads() > 1 and hasattr(OPENMP, "omp_pause_resource_all"):  # OpenMP 5.0, not in every build
+        OPENMP.omp_pause_resource_all(1)  # 1: keep what is no thread
+
+
 def warm_up(step, state) -> None:
     """Call `step` until all is compiled, tuned and allocated, then put back every tensor that `state()` lists."""
     before = {id(x): x.clone() for x in state()}
@@ -867,6 +882,7 @@ def main(args: Args, stop=()) -> dict:
             if arrived:
                 arrived.record()
                 arrived.synchronize()  # sync: the actions have arrived in host_actions; the one wait of the loop
+            end_threads()
             obs, rewards, terminations, truncations, infos = envs.step(host_actions)
             host_obs[:], host_rewards[t], host_terminations[t] = obs, rewards, terminations
             # a new game follows the end of one, which can also come unseen, in the pause after a lost life

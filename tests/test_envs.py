@@ -2,6 +2,8 @@
 
 import os
 import threading
+import time
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -10,6 +12,11 @@ import torch
 from conftest import agent_named, agents_with, tiny_args
 
 ppo, atari = agent_named("ppo"), agent_named("ppo_atari")
+TASKS = Path("/proc/self/task")
+
+
+def threads_of_this_process():
+    return {int(task.name) for task in TASKS.iterdir()}
 
 
 def play(envs, steps, policy, seed=0):
@@ -206,3 +213,53 @@ def test_an_error_in_a_rollout_gives_the_cores_back(refuse, monkeypatch):
         assert len(os.sched_getaffinity(0)) == (len(cores) if refuse else 1)
         raise ZeroDivisionError
     assert os.sched_getaffinity(0) == cores
+
+
+@pytest.mark.skipif(not TASKS.exists(), reason="the threads of a process are listed on Linux only")
+@pytest.mark.parametrize("module", agents_with("end_threads"))
+def test_torch_has_no_threads_while_environments_step(module, tmp_path, monkeypatch):
+    """Seen from inside the loop: before every step the thread that may have helped to find its actions is gone."""
+    if not hasattr(module.OPENMP, "omp_pause_resource_all"):
+        pytest.skip("an OpenMP before 5.0")
+    happened, end_threads = [], module.end_threads
+
+    class Watched(module.EnvPool):
+        def step(self, actions):
+            happened.append("step")
+            return super().step(actions)
+
+    def watch():
+        before, deadline = threads_of_this_process(), time.monotonic() + 10
+        end_threads()
+        while not before - threads_of_this_process():  # how soon an end comes is up to the system
+            assert time.monotonic() < deadline, "no thread has ended"
+            time.sleep(0.001)
+        happened.append("end")
+
+    monkeypatch.setattr(module, "end_threads", watch)
+    monkeypatch.setattr(module, "EnvPool", Watched)
+    threads = torch.get_num_threads()
+    try:
+        module.main(tiny_args(module, tmp_path / "run", torch_threads=2, eval_episodes=0, mode="eager"))
+    finally:
+        torch.set_num_threads(threads)
+    assert happened and happened == ["end", "step"] * (len(happened) // 2)
+
+
+@pytest.mark.skipif(not TASKS.exists(), reason="the threads of a process are listed on Linux only")
+@pytest.mark.parametrize("module", agents_with("end_threads"))
+@pytest.mark.parametrize("torch_threads", [1, 2])
+def test_workers_have_a_core_each_where_torch_has_all_cores_too(module, torch_threads):
+    cores = os.sched_getaffinity(0)
+    if len(cores) == 1 or len(cores) < os.cpu_count():
+        pytest.skip("takes a machine of several cores, all of them ours")
+    before, threads = threads_of_this_process(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(torch_threads)
+        envs = module.make_envs(module.Args(), len(cores), seed=0)
+    finally:
+        torch.set_num_threads(threads)
+    envs.reset()
+    masks = [os.sched_getaffinity(thread) for thread in threads_of_this_process() - before]
+    held = [mask for mask in masks if len(mask) == 1]
+    assert sorted(map(tuple, held)) == ([(core,) for core in sorted(cores)] if torch_threads == 2 else [])
