@@ -159,6 +159,7 @@ CPU_MODE = "compile"  # of --mode auto; 1.12 times the steps of eager mode on Br
 MEETING = 55  # seconds in which all ranks have to have started
 BEAT = 5  # seconds between two signs of life of a rank
 PATIENCE = 30  # seconds of silence after which a rank is lost
+ENDING = threading.Event()  # set once this process is about to part from the other ranks, for the thread that watches
 
 
 # ---- environments ----------------------------------------------------------------------------------------------------
@@ -613,10 +614,9 @@ def join_ranks() -> None:
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(hours=1))
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE))
     late.cancel()
-    ending = threading.Event()
-    watch = threading.Thread(target=watch_ranks, args=[group, ending], daemon=True)
+    watch = threading.Thread(target=watch_ranks, args=[group], daemon=True)
     watch.start()
-    atexit.register(lambda: (ending.set(), watch.join()))  # Python must not end while its thread is in there
+    atexit.register(lambda: (ENDING.set(), watch.join()))  # Python must not end while its thread is in there
 
 
 def meet():
@@ -635,19 +635,17 @@ def meet():
         time.sleep(0.05)
 
 
-def watch_ranks(group, ending: threading.Event) -> None:
+def watch_ranks(group) -> None:
     """End this process when another one died or is out of reach: the work of a thread, whatever the others wait for.
 
     A captured all_reduce has no time limit, and a cut cable closes no connection: only silence tells.
     """
     try:
-        while dist.is_initialized():
+        while not ENDING.is_set():
             dist.all_reduce(torch.zeros(1), group=group)
-            if ending.wait(BEAT):
-                break
+            ENDING.wait(BEAT)
     except (RuntimeError, ValueError) as error:
-        # an end in good order closes connections too, and is over by then
-        if not ending.wait(2) and dist.is_initialized():
+        if not ENDING.wait(2):  # an end in good order closes connections too
             lost(error)
 
 
@@ -676,10 +674,24 @@ def contact():
 
 
 def leave_ranks() -> None:
-    """Part from the other ranks once all have come here; afterwards this process is rank 0 of 1."""
-    if dist.is_initialized():
-        largest_over_ranks(0)
-        dist.destroy_process_group()
+    """Part from the other ranks once all have come here; afterwards this process is rank 0 of 1.
+
+    A sum that waits on a closed connection fails even if all of it has arrived. So none is closed before every rank has
+    its last sum and its watch is told; and rank 0, whose process may keep the store, goes last.
+    """
+    if not dist.is_initialized():
+        return
+    rank, ranks = rank_and_size()
+    largest_over_ranks(0)
+    ENDING.set()
+    store, patience = dist.distributed_c10d._get_default_store(), timedelta(seconds=PATIENCE)
+    with contact():
+        store.set(f"leaving {rank}", "")
+        store.wait([f"leaving {n}" for n in range(ranks)], patience)
+        store.set(f"gone {rank}", "")
+        if rank == 0:
+            store.wait([f"gone {n}" for n in range(ranks)], patience)
+    dist.destroy_process_group()
 
 
 def rank_and_size() -> tuple[int, int]:

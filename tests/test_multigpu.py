@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -335,6 +336,37 @@ def test_a_refusal_is_told_once_and_ends_every_rank(two_ranks, tmp_path):
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------
+
+
+def leave_late(folder: str, late: str) -> None:
+    """In a rank: join and part; the rank `late` takes a while after its last sum. Writes when it was through and when
+    it closed its connections.
+    """
+    multi.join_ranks()
+    rank, _ = multi.rank_and_size()
+    last_sum, close = multi.largest_over_ranks, multi.dist.destroy_process_group
+
+    def slow_sum(*numbers):
+        last_sum(*numbers)
+        time.sleep(3 * (rank == int(late)))  # longer than the watch bears a closed connection
+        (Path(folder) / f"through{rank}").write_text(str(time.time()))
+
+    def slow_close():
+        (Path(folder) / f"closes{rank}").write_text(str(time.time()))
+        close()
+
+    multi.largest_over_ranks, multi.dist.destroy_process_group = slow_sum, slow_close
+    multi.leave_ranks()
+    assert multi.rank_and_size() == (0, 1)
+
+
+@pytest.mark.parametrize("late", "01")
+def test_no_rank_closes_a_connection_before_all_have_their_last_sum(late, two_ranks, tmp_path):
+    for process in two_ranks(*this_file("leave_late", tmp_path, late)):
+        result = finish(process)
+        assert result.returncode == 0 and "lost contact" not in result.stderr, result.stderr
+    through, closes = ([float((tmp_path / f"{name}{n}").read_text()) for n in "01"] for name in ("through", "closes"))
+    assert max(through) <= min(closes)
 
 
 def test_a_signal_to_one_rank_stops_all_in_order(two_ranks, cli, tmp_path):
