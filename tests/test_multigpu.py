@@ -162,9 +162,8 @@ def record_updates(folder: str, mode: str) -> None:
 
 def updates(two_ranks, tmp_path, mode):
     """What record_updates gave on each rank."""
-    for process in two_ranks(*this_file("record_updates", tmp_path, mode)):
-        result = finish(process)
-        assert result.returncode == 0, result.stderr
+    results = [finish(process) for process in two_ranks(*this_file("record_updates", tmp_path, mode))]
+    assert [result.returncode for result in results] == [0, 0], [result.stderr for result in results]
     return [torch.load(tmp_path / f"{mode}{rank}.pt", map_location="cpu") for rank in (0, 1)]
 
 
