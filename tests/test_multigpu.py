@@ -123,12 +123,16 @@ ROWS = ("obs", "actions", "rewards", "terminations", "dones")  # of a rollout, e
 
 
 def all_reduce_refusing_capture(rank: int, all_reduce):
-    """dist.all_reduce as NCCL's is: in a capture it sends nothing; and there it fails on rank 1."""
+    """dist.all_reduce as NCCL's is: in a capture it sends nothing; and there it fails on rank 1.
+
+    Not that of a group: the thread that watches the ranks has one over gloo, which no capture concerns.
+    """
 
     def refusing(*inputs, **options):
-        if Recording.open and rank:
+        capturing = Recording.open and "group" not in options
+        if capturing and rank:
             raise RuntimeError("operation not permitted when stream is capturing")
-        return None if Recording.open else all_reduce(*inputs, **options)
+        return None if capturing else all_reduce(*inputs, **options)
 
     return refusing
 
