@@ -1,9 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "torch==2.13.0", "gymnasium[atari]==1.4.0", "envpool==1.2.5", "numpy==2.4.6", "tyro==1.0.17",
-#     "tensorboard==2.21.0", "tqdm==4.70.1", "pillow==13.0.0",
-# ]
+# dependencies = ["torch==2.13.0", "gymnasium[atari]==1.4.0", "envpool==1.2.5", "numpy==2.4.6", "tyro==1.0.17",
+#                 "tensorboard==2.21.0", "tqdm==4.70.1", "pillow==13.0.0"]
 # ///
 """Proximal policy optimisation (PPO) with a memory, on Atari, from pixels. Schulman et al. 2017, arXiv 1707.06347
 
@@ -24,190 +22,154 @@ The other defaults are the paper's Atari settings. Differs from the paper in
 - returns, logged and evaluated, are those of whole games, unclipped, however rewards and lives train the agent.
 """
 
+import argparse
 import difflib
-import importlib.util
 import io
 import json
 import math
 import os
-import re
+import secrets
 import shutil
 import signal
 import sys
 import threading
 import time
-import warnings
 from collections import deque
-from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import envpool
+import gymnasium
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-import tyro
-from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+import torch.nn as nn  # other packages are imported where they are used: a trained Agent loads without them
+
+LSTM_SIZE = 128
 
 
 @dataclass
 class Args:
     # ---- Run ----
-    seed: int = 1
-    """seed of the network, the sampling noise and the environments"""
-    total_timesteps: int = 10_000_000
-    """environment steps to train for, counted over all environments"""
-    device: str = "auto"
-    """auto (CUDA where there is one), cpu, cuda or cuda:N"""
-    mode: Literal["auto", "eager", "compile", "cudagraphs", "compile-cudagraphs"] = "auto"
-    """how the same functions are run; auto is the fastest measured for the device"""
-    eval_episodes: int = 10
-    """whole games played after training for the final score; 0 leaves the evaluation out"""
-    run_dir: str | None = None
-    """folder for everything that the run leaves behind; None makes one, runs/<env>__<agent>__<seed>__<time>"""
-    checkpoint_minutes: float = 5.0
-    """minutes between two checkpoints; the first is written before training and the last after it"""
-    resume: str | None = None
-    """go on with the run in this folder, under its own settings unless other flags say otherwise"""
-    evaluate: str | None = None
-    """only evaluate the checkpoint in this run folder, without training"""
-    video: bool = False
-    """also play one episode after the evaluation and save it as episode.gif"""
-    track: bool = False
-    """mirror the curves to Weights & Biases (needs the package wandb)"""
+    seed: int = 1  # seed of the network, the sampling noise and the environments
+    total_timesteps: int = 10_000_000  # environment steps to train for, counted over all environments
+    device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:N
+    mode: Literal["auto", "eager", "compile", "cudagraphs", "compile-cudagraphs"] = "auto"  # how the functions are run
+    eval_episodes: int = 10  # whole games played after training for the final score; 0 leaves the evaluation out
+    eval_greedy: bool = False  # play these games by the most likely action instead of a sampled one
+    run_dir: str | None = None  # folder for all that the run leaves behind; None makes one below runs/
+    checkpoint_minutes: float = 5.0  # minutes between two checkpoints; one is written before training, one after it
+    resume: str | None = None  # go on with the run in this folder, under its settings unless other flags say otherwise
+    evaluate: str | None = None  # only evaluate the checkpoint in this run folder, without training
+    video: bool = False  # also play one episode after the evaluation; episode.gif has its first 3,000 steps
+    track: bool = False  # mirror the curves to Weights & Biases (needs the package wandb)
 
     # ---- Environment ----
-    env_id: str = "Pong-v5"
-    """name of the environment in envpool"""
-    num_envs: int = 8
-    """environments stepped together"""
-    frame_skip: int = 4
-    """frames that one action is held for"""
-    sticky_actions: float = 0.0
-    """probability that the previous action is repeated instead (Machado et al. 2018 recommend 0.25)"""
-    full_action_space: bool = False
-    """use all 18 joystick actions instead of those that the game responds to"""
-    episodic_life: bool = True
-    """train with every lost life as the end of an episode"""
-    clip_reward: bool = True
-    """train on the sign of the reward"""
+    env_id: str = "Pong-v5"  # name of the environment in envpool
+    num_envs: int = 8  # environments stepped together
+    frame_skip: int = 4  # frames that one action is held for
+    sticky_actions: float = 0.0  # probability that the last action is repeated (Machado et al. 2018 recommend 0.25)
+    full_action_space: bool = False  # use all 18 joystick actions instead of those that the game responds to
+    episodic_life: bool = True  # train with every lost life as the end of an episode
+    clip_reward: bool = True  # train on the sign of the reward
 
     # ---- Algorithm ----
-    num_steps: int = 128
-    """steps of every environment in one rollout"""
-    learning_rate: float = 2.5e-4
-    """Adam's learning rate at the start"""
-    anneal_lr: bool = True
-    """lower the learning rate linearly to zero over the run"""
-    gamma: float = 0.99
-    """discount factor"""
-    gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation"""
-    num_minibatches: int = 4
-    """minibatches that one epoch splits the rollout into"""
-    update_epochs: int = 4
-    """passes over the rollout in one learning phase"""
-    norm_adv: bool = True
-    """normalise the advantages within each minibatch"""
-    clip_coef: float = 0.1
-    """how far the probability ratio may move before its gradient is cut"""
-    clip_vloss: bool = True
-    """clip the change of the value estimate as well"""
-    ent_coef: float = 0.01
-    """weight of the entropy bonus"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """largest norm of the gradient"""
+    num_steps: int = 128  # steps of every environment in one rollout
+    learning_rate: float = 2.5e-4  # Adam's learning rate at the start
+    anneal_lr: bool = True  # lower the learning rate linearly to zero over the run
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
+    num_minibatches: int = 4  # minibatches that one epoch splits the rollout into
+    update_epochs: int = 4  # passes over the rollout in one learning phase
+    norm_adv: bool = True  # normalise the advantages within each minibatch
+    clip_coef: float = 0.1  # how far the probability ratio may move before its gradient is cut
+    clip_vloss: bool = True  # clip the change of the value estimate as well
+    ent_coef: float = 0.01  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # largest norm of the gradient
 
     # ---- Speed ----
-    torch_threads: int = 0
-    """CPU threads of torch; 0 takes what was measured best for this agent"""
-    env_threads: int = 0
-    """CPU threads of envpool; 0 takes what was measured best for this agent"""
+    torch_threads: int = 0  # CPU threads of torch; 0 leaves the number to torch
+    env_threads: int = 0  # CPU threads of envpool; 0 leaves the number to envpool
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # of the network; auto is bf16 where it is fast
 
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
-    """arithmetic of the network: auto is tf32 on CUDA, bf16 on a CPU with AVX512-BF16 and fp32 on any other"""
-
-    @property
-    def batch_size(self) -> int:
-        return self.num_envs * self.num_steps
-
-    @property
-    def minibatch_envs(self) -> int:
-        return self.num_envs // self.num_minibatches
-
-    @property
-    def num_iterations(self) -> int:
-        return self.total_timesteps // self.batch_size
-
-
-MANY = 2**31 - 1
-LIMITS = {  # smallest and largest value of each number
-    "seed": (0, MANY), "total_timesteps": (1, 10**15), "eval_episodes": (0, MANY), "checkpoint_minutes": (0, MANY),
-    "num_envs": (1, MANY), "num_steps": (1, MANY), "num_minibatches": (1, MANY), "update_epochs": (1, MANY),
-    "learning_rate": (0, 1), "gamma": (0, 1), "gae_lambda": (0, 1), "clip_coef": (0, MANY), "ent_coef": (0, MANY),
-    "vf_coef": (0, MANY), "max_grad_norm": (0, MANY), "torch_threads": (0, 1024), "env_threads": (0, 1024),
-    "frame_skip": (1, 1000), "sticky_actions": (0, 1),
-}  # fmt: skip
-LSTM_SIZE = 128
-METRICS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")
-CPU_MODE = "eager"  # of --mode auto; compiled it is as fast, within what repeats differ by
+    def __post_init__(self):
+        """Refuse what cannot be meant: tyro prints the sentence of a ValueError and exits with status 2."""
+        self.batch_size, gpus = self.num_envs * self.num_steps, torch.cuda.device_count()
+        may_be_0 = {"seed", "eval_episodes", "torch_threads", "env_threads"}
+        most = {"gamma": 1, "gae_lambda": 1, "sticky_actions": 1, "torch_threads": 1024, "env_threads": 1024}
+        for name, value in vars(self).items():
+            low, high = int(type(value) is int and name not in may_be_0), most.get(name, 2**53)
+            if type(value) in (int, float) and not low <= value <= high:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
+        if self.num_envs % self.num_minibatches or self.batch_size > self.total_timesteps:
+            raise ValueError(f"--num-envs {self.num_envs} must be a multiple of --num-minibatches "
+                             f"{self.num_minibatches}, since a minibatch holds whole environments, and a rollout of "
+                             f"num_envs x num_steps = {self.batch_size} steps must fit in --total-timesteps "
+                             f"{self.total_timesteps}")  # fmt: skip
+        if self.resume and (self.evaluate or self.run_dir):
+            raise ValueError("--resume goes on in its own folder: leave out --run-dir and --evaluate")
+        devices = ["auto", "cpu", *["cuda"][:gpus], *(f"cuda:{n}" for n in range(gpus))]
+        if self.device not in devices and not self.evaluate:  # --evaluate takes what there is
+            raise ValueError(f"--device {self.device}: must be one of {', '.join(devices)} on this machine")
+        if "cudagraphs" in self.mode and (self.device == "cpu" or not gpus) and not self.evaluate:
+            raise ValueError(f"--mode {self.mode}: CUDA graphs need a CUDA device")
+        if "compile" in self.mode and not shutil.which(os.environ.get("CXX", "g++")) and not self.evaluate:
+            raise ValueError(f"--mode {self.mode}: torch.compile needs a C++ compiler, g++ or what CXX names")
 
 
-# ---- environments ----------------------------------------------------------------------------------------------------
+class UserError(Exception):
+    """What the user can put right: the program ends with this sentence, without a traceback."""
 
 
-class EnvPool:
-    """An envpool behind the `reset` and `step` of a gymnasium vector environment with next-step autoreset.
+@contextmanager
+def explained(sentence: str):
+    """Turn an error inside into a UserError of this sentence and the error's own text."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{sentence}: {' '.join(str(error).split())[:300]}") from error
 
-    The step after the end of an episode ignores its action and returns the first observation of the next one, with
-    reward 0; the observation of the ending step itself is the episode's last.
+
+# ---- environments and network ----------------------------------------------------------------------------------------
+
+
+def make_envs(args: Args, num_envs: int, seed: int, **extra):
+    """A gymnasium vector environment: the newest grey picture [num_envs, 1, 84, 84] uint8; env i has seed + i.
+
+    It resets by itself, in the step after the end of an episode ("next-step autoreset"): that step ignores its action
+    and returns the first observation of the next episode. The observation of the ending step is the episode's last.
+    After a lost life and in a new game, envpool itself plays up to 30 frames without action and presses FIRE.
     """
+    import envpool
 
-    def __init__(self, pool):
-        self.pool, self.keys, self.num_envs = pool, pool._state_keys, pool.num_envs
-        self.single_observation_space = pool.single_observation_space
-        self.single_action_space = pool.single_action_space
-        self.env_ids = np.arange(self.num_envs, dtype=np.int32)
-        self.reset, self.render = pool.reset, pool.render
-
-    def step(self, actions):
-        """Take actions [num_envs, ...]; returns obs, rewards, terminations, truncations and infos, a row per env."""
-        # fast: three times envpool's own `step` for 4 CartPoles; what that spends its time on are nested dictionaries
-        self.pool._send([self.env_ids, self.env_ids, actions])
-        infos = dict(zip(self.keys, self.pool._recv()))
-        return infos["obs"], infos["reward"], infos["done"] & ~infos["trunc"], infos["trunc"], infos
-
-
-def make_envs(args: Args, num_envs: int, seed: int, render: bool = False) -> EnvPool:
-    """Atari games: the newest grey picture of each, [num_envs, 1, 84, 84] uint8; env i has seed + i."""
-    warnings.filterwarnings("ignore", ".*precision lowered by casting")  # gymnasium on envpool's float64 bounds
-    if envpool.make_spec(args.env_id).observation_space.shape != (4, 84, 84):
-        fail(f"--env-id {args.env_id}: this agent plays Atari games, for example Pong-v5")
-    threads = min(num_envs, args.env_threads or cpu_cores())
-    extra = {"render_mode": "rgb_array"} if render else {}
-    return EnvPool(
-        envpool.make(
-            args.env_id, env_type="gymnasium", num_envs=num_envs, num_threads=threads, seed=seed,
+    if args.env_id not in (ids := envpool.list_all_envs()):
+        near = ", ".join(difflib.get_close_matches(args.env_id, ids, n=3, cutoff=0.4)) or "none"
+        raise UserError(f"--env-id {args.env_id}: envpool has no such environment; nearest: {near}")
+    gymnasium.logger.min_level = gymnasium.logger.ERROR  # no warnings of envpool's float64 bounds
+    with explained(f"--env-id {args.env_id}: not an Atari game such as Pong-v5"):
+        return envpool.make(
+            args.env_id, "gymnasium", num_envs=num_envs, num_threads=min(args.env_threads, num_envs), seed=seed,
             frame_skip=args.frame_skip, max_episode_steps=108_000 // args.frame_skip,  # half an hour of the game
             repeat_action_probability=args.sticky_actions, full_action_space=args.full_action_space,
             episodic_life=args.episodic_life, reward_clip=args.clip_reward, stack_num=1, **extra,
-        )
-    )  # fmt: skip
+        )  # fmt: skip
 
 
-def true_game(rewards, terminations, truncations, infos):
-    """The game's own rewards [num_envs] and whether a game is over [num_envs], however training shapes them."""
-    return infos["info:reward"], (infos["info:terminated"] != 0) | truncations
+def check_envs(args: Args, envs) -> None:
+    """Refuse environments that this agent cannot play."""
+    obs, actions, reset = envs.single_observation_space, envs.single_action_space, envs.metadata.get("autoreset_mode")
+    pictures = isinstance(obs, gymnasium.spaces.Box) and obs.shape == (1, 84, 84) and obs.dtype == np.uint8
+    discrete = isinstance(actions, gymnasium.spaces.Discrete) and actions.start == 0
+    if not pictures or not discrete or reset != gymnasium.vector.AutoresetMode.NEXT_STEP:
+        raise UserError(f"--env-id {args.env_id}: this agent needs single grey pictures, discrete actions from 0 on "
+                        f"and next-step autoreset, as in Pong-v5; there are {obs}, {actions}, {reset}")  # fmt: skip
 
 
-# ---- network ---------------------------------------------------------------------------------------------------------
+def true_game(terminations, truncations, infos):
+    """The game's own rewards [num_envs] and whether a game is over [num_envs], however lives and clipping train."""
+    return infos["reward"], (infos["terminated"] != 0) | truncations
 
 
 def layer_init(layer, std=2**0.5):
@@ -215,16 +177,6 @@ def layer_init(layer, std=2**0.5):
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
     return layer
-
-
-def blocks(pictures):
-    """Pictures [..., 84, 84] uint8 as 21 x 21 blocks of 4 x 4 pixels, [..., 21, 21, 16].
-
-    fast: the first convolution, over 8 x 8 pixels with a stride of 4, is then one over 2 x 2 blocks with a stride of 1
-    and 16 channels for each of its pictures, which takes half the time for its gradients in bf16 on a CPU with AMX.
-    """
-    rows = pictures.view(torch.int32).unflatten(-2, (21, 4))  # fast: four pixels are moved as one number
-    return rows.transpose(-1, -2).contiguous().view(torch.uint8)
 
 
 class Agent(nn.Module):
@@ -235,42 +187,31 @@ class Agent(nn.Module):
 
     def __init__(self, num_actions: int, bf16: bool = False):
         super().__init__()
-        self.bf16 = bf16
-        self.convolutions = nn.Sequential(
-            layer_init(nn.Conv2d(16, 32, 2)), nn.ReLU(),  # 8 x 8 pixels with a stride of 4: see `blocks`
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.network = nn.Sequential(
+            layer_init(nn.Conv2d(1, 32, 8, stride=4)), nn.ReLU(),
             layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
-            layer_init(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(),
+            layer_init(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(), nn.Flatten(),
+            layer_init(nn.Linear(7 * 7 * 64, 512)), nn.ReLU(),
         )  # fmt: skip
-        self.linear = layer_init(nn.Linear(7 * 7 * 64, 512))
         self.input_gates = layer_init(nn.Linear(512, 4 * LSTM_SIZE), 1)
         self.state_gates = layer_init(nn.Linear(LSTM_SIZE, 4 * LSTM_SIZE), 1)
         self.actor = layer_init(nn.Linear(LSTM_SIZE, num_actions), 0.01)
         self.critic = layer_init(nn.Linear(LSTM_SIZE, 1), 1)
 
     def hidden(self, obs):
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
-        # fast: channels lie side by side (channels_last), as convolutions take them, and stay so for the linear layer;
-        # joined after the cast, since torch.compile casts joined bytes one by one
-        pixels = torch.cat([picture.to(dtype) / 255 for picture in obs.unbind(1)], -1)
-        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-            features = self.convolutions(pixels.movedim(-1, 1)).movedim(1, -1).flatten(1)
-            return self.linear(features).relu().float()  # heads and losses are always float32
-
-    def policy(self, memories):
-        """Logits [batch, num_actions] for memories [batch, LSTM_SIZE] float32."""
-        return self.actor(memories)
-
-    def value(self, memories):
-        """Values [batch] for memories [batch, LSTM_SIZE] float32."""
-        return self.critic(memories).squeeze(-1)
+        """What the convolutional network makes of obs [batch, 1, 84, 84] uint8, [batch, 512]."""
+        pixels = obs.to(self.dtype, memory_format=torch.channels_last) / 255  # fast: channels side by side
+        with torch.autocast(obs.device.type, torch.bfloat16, self.dtype is torch.bfloat16, cache_enabled=False):
+            return self.network(pixels).float()  # LSTM, heads and losses are always float32
 
     def forward(self, memories):
-        """Logits [batch, num_actions] and values [batch]."""
-        return self.policy(memories), self.value(memories)
+        """Logits [batch, num_actions] and values [batch] for memories [batch, LSTM_SIZE] float32."""
+        return self.actor(memories), self.critic(memories).squeeze(-1)
 
 
 def lstm_inputs(agent: Agent, obs):
-    """What obs [batch, 1, 21, 21, 16] uint8 give to the gates of the LSTM, [batch, 4 * LSTM_SIZE]."""
+    """What obs [batch, 1, 84, 84] uint8 give to the gates of the LSTM, [batch, 4 * LSTM_SIZE]."""
     return agent.input_gates(agent.hidden(obs))
 
 
@@ -287,7 +228,7 @@ def lstm_step(agent: Agent, inputs, state, keep):
 
 
 def remember(agent: Agent, obs, state, dones, lstm_inputs=lstm_inputs, lstm_step=lstm_step):
-    """Memories [T * N, LSTM_SIZE] of the sequences obs [T, N, 1, 21, 21, 16] uint8, and the state for what comes next.
+    """Memories [T * N, LSTM_SIZE] of the sequences obs [T, N, 1, 84, 84] uint8, and the state for what comes next.
 
     dones: [T, N]; state: [2, N, LSTM_SIZE] from before obs[0]. dones[t] marks obs[t] as the last of its episode: its
     memory is still the episode's, for a truncated one bootstraps from there, and obs[t + 1] starts from a zero state.
@@ -305,399 +246,287 @@ def remember(agent: Agent, obs, state, dones, lstm_inputs=lstm_inputs, lstm_step
 
 
 class Rollout:
-    """The data of one iteration, allocated once and only ever written in place: captured graphs know its addresses.
+    """The data of one iteration, allocated once and only ever written in place: CUDA graphs know its addresses.
 
-    Rows are time, columns environments. `host_*` are the ends that numpy and envpool touch: pinned memory where the
-    device is a GPU, the very same tensors as their twins where it is the CPU.
+    Rows are time, columns environments; `outcomes` are rewards, terminations and dones, and row t of each, like obs[t],
+    is what actions[t - 1] led to. numpy and envpool touch `host_*`, which is pinned memory where the device is a GPU.
     """
 
     def __init__(self, args: Args, envs, device: torch.device):
-        def twins(*shape, dtype=torch.float32):
-            host = torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
-            return host, host.to(device)
+        def host(*shape, dtype=torch.float32):
+            return torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
-        T, N = args.num_steps, args.num_envs
-        obs_shape, num_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
-        # obs[t] came with dones[t]; actions[t], taken there, brought rewards[t] and terminations[t]
-        self.obs = torch.zeros(T + 1, N, obs_shape[0], 21, 21, 16, dtype=torch.uint8, device=device)
+        T, N, shape = args.num_steps, args.num_envs, envs.single_observation_space.shape
+        self.host = host(N, *shape, dtype=torch.uint8), host(N, dtype=torch.int32), host(3, T + 1, N)
+        self.host_obs, self.host_actions, self.host_outcomes = self.host
+        self.outcomes = self.host_outcomes.to(device)  # on a CPU the very same
+        self.obs = torch.zeros(T + 1, N, *shape, dtype=torch.uint8, device=device)
         self.actions = torch.zeros(T, N, dtype=torch.int64, device=device)
-        self.gumbel = torch.zeros(T, N, num_actions, device=device)
-        self.permutations = torch.zeros(args.update_epochs, N, dtype=torch.int64, device=device)
+        self.logprobs, self.values = torch.zeros(T, N, device=device), torch.zeros(T + 1, N, device=device)
         self.first_state = torch.zeros(2, N, LSTM_SIZE, device=device)  # of the LSTM, before obs[0]
         self.state = torch.zeros(2, N, LSTM_SIZE, device=device)  # and before the next observation to act on
-        self.host_rewards, self.rewards = twins(T, N)
-        self.host_terminations, self.terminations = twins(T, N)
-        self.host_dones, self.dones = twins(T + 1, N)
-        self.host_obs = twins(N, *obs_shape, dtype=torch.uint8)[0]  # the newest observations and the answer to them
-        self.host_actions = twins(N, dtype=torch.int32)[0]
+        self.gumbel = torch.zeros(T, N, int(envs.single_action_space.n), device=device)
+        self.permutations = torch.zeros(args.update_epochs, N, dtype=torch.int64, device=device)
 
 
 def draw_noise(rollout: Rollout, generator: torch.Generator) -> None:
-    """Draw all the randomness of one iteration: Gumbel noise for its actions and the order of its minibatches.
-
-    Drawn here, outside everything compiled or captured, it is the same in every mode, and no graph can freeze it.
-    """
+    """Draw all the randomness of one iteration, outside all that is compiled or captured: no graph can freeze it."""
     rollout.gumbel.exponential_(generator=generator).log_().neg_()
     for permutation in rollout.permutations:
         torch.randperm(len(permutation), generator=generator, out=permutation)
 
 
-def sample_actions(agent: Agent, obs, gumbel):
-    """Actions [num_envs] int64: argmax(logits + Gumbel noise [num_envs, num_actions]) is a draw from the policy."""
-    return (agent.policy(obs) + gumbel).argmax(-1)
+def sample_actions(agent: Agent, obs, state, dones, gumbel):
+    """Actions [num_envs] int64, their log-probabilities, values, and the LSTM's next state.
+
+    argmax(logits + Gumbel noise) is a draw from the policy; state and dones are those of `remember`.
+    """
+    memories, state = remember(agent, obs[None], state, dones[None])
+    logits, values = agent(memories)
+    actions = (logits + gumbel).argmax(-1)
+    return actions, logits.log_softmax(-1).gather(-1, actions[:, None]).squeeze(-1), values, state
 
 
 @torch.no_grad()
-def act_step(
-    agent: Agent, host_obs, obs, host_dones, dones, gumbel, actions, state, host_actions,
-    remember=remember, sample_actions=sample_actions,
-) -> None:  # fmt: skip
-    """One step of acting: host_obs into the rollout's row `obs`, actions for it into `actions` and host_actions.
-
-    The same for host_dones and `dones`, which came with it; `state` [2, num_envs, LSTM_SIZE] moves on in place.
-    """
-    obs.copy_(blocks(host_obs.to(obs.device, non_blocking=True)))
-    dones.copy_(host_dones, non_blocking=True)
-    memories, next_state = remember(agent, obs[None], state, dones[None])
-    state.copy_(next_state)
-    actions.copy_(sample_actions(agent, memories, gumbel))
-    host_actions.copy_(actions, non_blocking=True)
+def act(sample_actions, agent: Agent, rollout: Rollout, t: int) -> None:
+    """Step t of acting: the newest observations and dones into the rollout, and actions for them back to the host."""
+    obs, dones = rollout.obs[t], rollout.outcomes[2, t]
+    obs.copy_(rollout.host_obs, non_blocking=True)
+    dones.copy_(rollout.host_outcomes[2, t], non_blocking=True)
+    actions, logprobs, values, state = sample_actions(agent, obs, rollout.state, dones, rollout.gumbel[t])
+    rollout.actions[t].copy_(actions)
+    rollout.logprobs[t].copy_(logprobs)
+    rollout.values[t].copy_(values)
+    rollout.state.copy_(state)
+    rollout.host_actions.copy_(rollout.actions[t], non_blocking=True)
 
 
 def gae(rewards, values, terminations, dones, gamma: float, gae_lambda: float):
-    """Generalised advantage estimates [T, N] (Schulman et al. 2016, arXiv 1506.02438, equation 16).
+    """Generalised advantage estimates [T, N] of arguments [T + 1, N] (Schulman et al. 2016, arXiv 1506.02438, eq. 16).
 
-    rewards, terminations: [T, N]; values, dones: [T + 1, N], dones[t + 1] marking that step t ended its episode.
-    A truncated episode bootstraps from values[t + 1], that of its own last observation; a terminated one does not.
+    A truncated episode bootstraps from the value of its own last observation; a terminated one does not.
     """
-    advantages = rewards + gamma * values[1:] * (1 - terminations) - values[:-1]
+    advantages = rewards[1:] + gamma * values[1:] * (1 - terminations[1:]) - values[:-1]
     decay = gamma * gae_lambda * (1 - dones[1:])
-    # fast: A[t] = delta[t] + decay[t] A[t + 1] by doubling, log2(T) rounds instead of T: after each, row t holds the
-    # sum of its next `span` deltas. A quarter of the loop's time on a CPU.
-    span = 1
-    while span < len(rewards):
-        advantages = advantages + decay * F.pad(advantages[span:], (0, 0, 0, span))
-        decay = decay * F.pad(decay[span:], (0, 0, 0, span))
-        span *= 2
+    for t in reversed(range(len(advantages) - 1)):
+        advantages[t].addcmul_(decay[t], advantages[t + 1])
     return advantages
 
 
-def evaluate_actions(agent: Agent, obs, actions):
-    """Log-probabilities of actions [batch] int64 at obs, the entropy of the policy there, and values; each [batch]."""
-    logits, values = agent(obs)
+def evaluate_actions(agent: Agent, memories, actions):
+    """Log-probabilities of actions [batch] int64 at memories, entropies of the policy, and values; each [batch]."""
+    logits, values = agent(memories)
     log_probs = logits.log_softmax(-1)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     return log_probs.gather(-1, actions[:, None]).squeeze(-1), entropy, values
 
 
-def ppo_loss(agent: Agent, args: Args, obs, actions, logprobs, values, advantages, returns, valid):
-    """The clipped surrogate loss (Schulman et al. 2017, equations 7 and 9) of a minibatch, and its first 6 METRICS.
+def ppo_loss(agent: Agent, args: Args, obs, actions, logprobs, values, advantages, valid):
+    """The clipped surrogate loss (Schulman et al. 2017, equations 7 and 9) of a minibatch, and numbers to log.
 
     Every argument is [minibatch_size, ...]; `valid` is 1 in rows that count and 0 in reset rows.
     """
-    weights = valid / valid.sum().clamp(min=1)
+    weights = valid / valid.sum().clamp(min=1)  # x @ weights is the mean of x over the rows that count
     newlogprob, entropy, newvalue = evaluate_actions(agent, obs, actions)
-    logratio = newlogprob - logprobs
+    logratio, returns = newlogprob - logprobs, advantages + values
     ratio = logratio.exp()
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     if args.norm_adv:
-        advantages = advantages - weights @ advantages
-        advantages = advantages / ((weights @ advantages.square()).sqrt() + 1e-8)
-    surrogate = torch.min(advantages * ratio, advantages * clipped)
+        advantages = advantages - advantages @ weights
+        advantages = advantages / ((advantages.square() @ weights).sqrt() + 1e-8)
+    policy_loss = -torch.min(advantages * ratio, advantages * clipped) @ weights
 
     v_error = (newvalue - returns).square()
     if args.clip_vloss:
         v_clipped = values + (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
         v_error = torch.max(v_error, (v_clipped - returns).square())
+    value_loss, entropy = 0.5 * v_error @ weights, entropy @ weights
 
-    # approx_kl: http://joschu.net/blog/kl-approx.html
-    terms = [-surrogate, 0.5 * v_error, entropy, -logratio, ratio - 1 - logratio, (clipped != ratio).float()]
-    metrics = torch.stack(terms) @ weights  # the mean of each over the rows that count
-    return metrics[0] + args.vf_coef * metrics[1] - args.ent_coef * metrics[2], metrics.detach()
-
-
-def sequence_loss(
-    agent: Agent, args: Args, sequences, minibatch, lstm_inputs=lstm_inputs, lstm_step=lstm_step, ppo_loss=ppo_loss
-):
-    """ppo_loss of whole sequences: their obs, state and dones make its memories, `minibatch` is the rest of it."""
-    memories, _ = remember(agent, *sequences, lstm_inputs, lstm_step)
-    return ppo_loss(agent, args, memories, *minibatch)
+    metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
+    metrics["approx_kl"] = (ratio - 1 - logratio) @ weights  # http://joschu.net/blog/kl-approx.html
+    metrics["clipfrac"] = (clipped != ratio).float() @ weights
+    return policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy, metrics
 
 
-def gradients(loss_fn: Callable, params: tuple, max_grad_norm: float, *inputs):
-    """Of the loss that loss_fn(*inputs) returns with its metrics: the gradient for each of `params`, all together cut
-    to a norm of max_grad_norm, and the metrics with the norm before the cut appended.
-    """
+def sequence_loss(remember, ppo_loss, agent: Agent, args: Args, obs, state, dones, *minibatch):
+    """ppo_loss of whole sequences: obs, state and dones make its memories; the rest of `minibatch` is [T, N] each."""
+    memories, _ = remember(agent, obs, state, dones)
+    return ppo_loss(agent, args, memories, *(x.flatten() for x in minibatch))
+
+
+def gradients(loss_fn, params: list, *inputs) -> tuple[list, dict]:
+    """Gradients of the loss that loss_fn(*inputs) returns, one for each of `params`, and its numbers to log."""
     loss, metrics = loss_fn(*inputs)
     grads = torch.autograd.grad(loss, params)
-    grad_norm = torch.stack([grad.norm() for grad in grads]).norm()
-    scale = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
-    # each with the strides of its parameter: a fused optimizer takes the two for alike without looking
-    grads = [torch.empty_like(param).copy_(grad * scale) for grad, param in zip(grads, params)]
-    return grads, torch.cat([metrics, grad_norm[None]])
+    # a fused optimizer takes for granted that a gradient lies in memory as its parameter does
+    grads = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for g, p in zip(grads, params)]
+    return grads, {name: value.detach() for name, value in metrics.items()}
 
 
-def update(
-    agent: Agent, optimizer, rollout: Rollout, args: Args, metrics,
-    gae=gae, evaluate_actions=evaluate_actions, ppo_loss=ppo_loss, lstm_inputs=lstm_inputs, lstm_step=lstm_step,
-) -> None:  # fmt: skip
-    """The learning phase: targets, then update_epochs passes over the rollout; `metrics` gets the means of METRICS."""
-    rollout.obs[-1].copy_(blocks(rollout.host_obs.to(rollout.obs.device, non_blocking=True)))
-    rollout.rewards.copy_(rollout.host_rewards, non_blocking=True)
-    rollout.terminations.copy_(rollout.host_terminations, non_blocking=True)
-    rollout.dones.copy_(rollout.host_dones, non_blocking=True)
+def step_optimizer(optimizer, params: list, grads: list, max_grad_norm: float):
+    """One step of the optimizer, all gradients together cut to a norm of max_grad_norm; returns the norm before."""
+    for param, grad in zip(params, grads):
+        param.grad = grad
+    norm = nn.utils.clip_grad_norm_(params, max_grad_norm)
+    optimizer.step()
+    return norm
 
-    sequences = rollout.obs[:-1], rollout.first_state, rollout.dones[:-1]  # these and all below: environments in dim 1
+
+def update(agent: Agent, optimizer, rollout: Rollout, args: Args, remember=remember, ppo_loss=ppo_loss) -> dict:
+    """The learning phase: advantages, then update_epochs passes over the rollout; returns the means of the metrics."""
+    rollout.obs[-1].copy_(rollout.host_obs, non_blocking=True)
+    rollout.outcomes.copy_(rollout.host_outcomes, non_blocking=True)
+    rewards, terminations, dones = rollout.outcomes
     with torch.no_grad():
-        # fast: one batched pass here, instead of a value and a log-probability computed and stored at every step
-        size, passes = args.minibatch_envs, []
-        for mb in torch.arange(args.num_envs, device=metrics.device).split(size):
-            memories, _ = remember(agent, *(x.index_select(1, mb) for x in sequences), lstm_inputs, lstm_step)
-            logprobs, _, values = evaluate_actions(agent, memories, rollout.actions[:, mb].flatten())
-            passes.append(torch.stack([logprobs, values]).view(2, -1, size))
-        logprobs, values = torch.cat(passes, -1)
-        memories, _ = remember(agent, rollout.obs[-1:], rollout.state, rollout.dones[-1:])
-        all_values = torch.cat([values, agent.value(memories)[None]])
-        advantages = gae(rollout.rewards, all_values, rollout.terminations, rollout.dones, args.gamma, args.gae_lambda)
-        valid = 1 - rollout.dones[:-1]  # the action of a reset row did nothing
-        batch = rollout.actions, logprobs, values, advantages, advantages + values, valid
+        memories, _ = remember(agent, rollout.obs[-1:], rollout.state, dones[-1:])
+        rollout.values[-1].copy_(agent(memories)[1])
+        advantages = gae(rewards, rollout.values, terminations, dones, args.gamma, args.gae_lambda)
+    valid = 1 - dones[:-1]  # the action of a reset row did nothing
+    sequences = rollout.obs[:-1], rollout.first_state, dones[:-1]
+    batch = *sequences, rollout.actions, rollout.logprobs, rollout.values[:-1], advantages, valid
 
-    params = tuple(agent.parameters())
-    metrics.zero_()
+    loss_fn, params, logged = partial(sequence_loss, remember, ppo_loss), list(agent.parameters()), []
     for permutation in rollout.permutations:
-        for mb in permutation.split(size):
-            # fast: index_select copies whole pictures, where indexing goes from pixel to pixel
-            mb_sequences = [x.index_select(1, mb) for x in sequences]
-            minibatch = [x[:, mb].flatten() for x in batch]
-            inputs = agent, args, mb_sequences, minibatch, lstm_inputs, lstm_step, ppo_loss
-            grads, mb_metrics = gradients(sequence_loss, params, args.max_grad_norm, *inputs)
-            for param, grad in zip(params, grads):
-                param.grad = grad
-            optimizer.step()
-            metrics += mb_metrics
-    metrics /= args.update_epochs * args.num_minibatches
+        for columns in permutation.chunk(args.num_minibatches):
+            minibatch = (x.index_select(1, columns) for x in batch)  # fast: it copies whole pictures
+            grads, metrics = gradients(loss_fn, params, agent, args, *minibatch)
+            metrics["grad_norm"] = step_optimizer(optimizer, params, grads, args.max_grad_norm)
+            logged.append(metrics)
     rollout.first_state.copy_(rollout.state)  # the next rollout goes on from here
+    return {name: torch.stack([metrics[name] for metrics in logged]).mean() for name in logged[0]}
 
 
 @torch.no_grad()
-def evaluate(agent: Agent, envs, episodes: int, generator: torch.Generator, stop=(), frames=None) -> list[float]:
-    """True returns of `episodes` whole games, actions sampled from the policy as in training; fewer after a `stop`.
+def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=(), frames=None) -> list[float]:
+    """True returns of one whole game in each environment, by sampled or most likely actions; fewer after a `stop`.
 
-    Each environment plays a share of the games fixed beforehand: first come, first counted would favour short games.
-    `frames`, a list, gets the pictures [height, width, 3] uint8 of the first environment.
+    `frames`, a list, gets the first 1,000 pictures [height, width, 3] uint8 of the first environment.
     """
-    share = np.array([episodes // envs.num_envs + (n < episodes % envs.num_envs) for n in range(envs.num_envs)])
-    running, returns = np.zeros(envs.num_envs), []
+    returns, playing = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
     tensor = partial(torch.as_tensor, device=generator.device)
-    state, dones = tensor(np.zeros((2, envs.num_envs, LSTM_SIZE), np.float32)), np.zeros(envs.num_envs, bool)
+    state, dones = tensor(np.zeros((2, envs.num_envs, LSTM_SIZE), np.float32)), ~playing
     obs, _ = envs.reset()
-    while share.any():
-        if frames is not None:
+    while playing.any() and not stop:
+        if frames is not None and len(frames) < 1000:
             frames.append(envs.render()[0])
-        if stop:
-            break
-        memories, state = remember(agent, blocks(tensor(obs[None])), state, tensor(dones[None], dtype=torch.float32))
-        logits = agent.policy(memories)
-        noise = torch.empty_like(logits).exponential_(generator=generator).log_()
-        obs, *results = envs.step((logits - noise).argmax(-1).to("cpu", torch.int32).numpy())
-        rewards, overs = true_game(*results)
-        dones = results[1] | results[2]
-        running += rewards
-        for n in np.flatnonzero(overs):
-            if share[n]:
-                returns.append(float(running[n]))
-                share[n] -= 1
-            running[n] = 0
-    return returns
+        memories, state = remember(agent, tensor(obs[None]), state, tensor(dones[None]).float())
+        logits, _ = agent(memories)
+        gumbel = -torch.empty_like(logits).exponential_(generator=generator).log()
+        actions = (logits if greedy else logits + gumbel).argmax(-1).int().cpu().numpy()
+        obs, _, terminations, truncations, infos = envs.step(actions)
+        rewards, overs = true_game(terminations, truncations, infos)
+        dones = terminations | truncations
+        returns += rewards * playing
+        playing &= ~overs
+    return returns[~playing].tolist()
 
 
-# ---- speed -----------------------------------------------------------------------------------------------------------
+# ---- speed: every mode runs the functions above ----------------------------------------------------------------------
 
 
-def cpu_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+class CudaGraph:
+    """A step that runs as it is twice, is recorded as a CUDA graph in its third call, and is replayed from then on.
 
-
-def warm_up(step, state) -> None:
-    """Call `step` until all is compiled, tuned and allocated, then put back every tensor that `state()` lists."""
-    before = {id(x): x.clone() for x in state()}
-    for _ in range(3):
-        step()
-    with torch.no_grad():
-        for x in state():  # what only the warm-up brought into being is optimizer state, which starts at zero
-            x.copy_(before[id(x)]) if id(x) in before else x.zero_()
-
-
-def capture(steps, state) -> list:
-    """Record a call of each of `steps`, alike but for their arguments, as a CUDA graph; returns their replays.
-
-    The contract of a step: fixed shapes, no branch of the host on a tensor, no allocation of pinned memory, and
-    everything that outlives the call is changed in place. What varies between calls is read from tensors.
-    The graphs share their scratch memory, so they are to be replayed in the order of `steps`.
+    Recorded are kernels and addresses: shapes must not change, no Python branch may depend on the value of a tensor,
+    and what varies between calls or outlives them is read and written in place, in tensors made elsewhere.
     """
-    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        warm_up(steps[0], state)
-    torch.cuda.current_stream().wait_stream(stream)
-    graphs = [torch.cuda.CUDAGraph() for _ in steps]
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for graph, step in zip(graphs, steps):
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
-                step()
-    return [graph.replay for graph in graphs]
+
+    def __init__(self, step, pool):
+        self.step, self.pool, self.calls, self.graph = step, pool, 0, torch.cuda.CUDAGraph()
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls < 3:
+            return self.step()
+        if self.calls == 3:
+            with torch.cuda.graph(self.graph, pool=self.pool, stream=torch.cuda.current_stream()):
+                self.result = self.step()
+        self.graph.replay()
+        return self.result
 
 
-def accelerate(mode: str, agent: Agent, optimizer, rollout: Rollout, args: Args, metrics) -> tuple[list, Callable]:
-    """The steps of acting, one for each row of the rollout, and the learning phase, bound to their tensors.
-
-    Every mode runs the same functions: leave out all that follows an `if`, and eager mode remains.
-    """
-    step_fns, update_fns = (lstm_step, remember, sample_actions), (gae, evaluate_actions, ppo_loss, lstm_inputs)
-    if "compile" in mode:
-        update_fns = [torch.compile(f, fullgraph=True, dynamic=False) for f in update_fns]
-    if "compile" in mode and metrics.is_cuda:  # on a CPU, calling a compiled step costs more than it saves
-        step_fns = [torch.compile(f, fullgraph=True, dynamic=False) for f in step_fns]
-
-    rows = zip(rollout.obs, rollout.host_dones, rollout.dones, rollout.gumbel, rollout.actions)
-    lstm_step_fn, *act_fns = step_fns
-    tail = rollout.state, rollout.host_actions, *act_fns
-    acts = [partial(act_step, agent, rollout.host_obs, *row, *tail) for row in rows]
-    learn = partial(update, agent, optimizer, rollout, args, metrics, *update_fns, lstm_step_fn)
-
-    def trained():
-        return [*agent.parameters(), *(x for state in optimizer.state.values() for x in state.values())]
-
-    def remembered():
-        return [rollout.state]
-
-    if mode == "compile":
-        warm_up(acts[0], state=remembered)
-        warm_up(learn, state=trained)
+def accelerate(mode: str, agent: Agent, optimizer, rollout: Rollout, args: Args) -> tuple:
+    """The steps of acting, one for each row of the rollout, and the learning phase."""
+    sample_fn, inputs_fn, step_fn, loss_fn = sample_actions, lstm_inputs, lstm_step, ppo_loss
+    if "compile" in mode:  # in pieces: loss and gradients in one, with all steps of the LSTM, take minutes to compile
+        compiled = partial(torch.compile, fullgraph=True, dynamic=False)
+        sample_fn, inputs_fn, loss_fn = compiled(sample_fn), compiled(inputs_fn), compiled(loss_fn)
+        if rollout.obs.is_cuda:  # on a CPU, calling a compiled step costs more than it saves
+            step_fn = compiled(step_fn)
+    acts = [partial(act, sample_fn, agent, rollout, t) for t in range(args.num_steps)]
+    remember_fn = partial(remember, lstm_inputs=inputs_fn, lstm_step=step_fn)
+    learn = partial(update, agent, optimizer, rollout, args, remember_fn, loss_fn)
     if "cudagraphs" in mode:
-        return capture(acts, state=remembered), capture([learn], state=trained)[0]
+        pool = torch.cuda.graph_pool_handle()  # one for all steps of acting, which are always replayed in this order
+        acts, learn = [CudaGraph(step, pool) for step in acts], CudaGraph(learn, torch.cuda.graph_pool_handle())
     return acts, learn
 
 
-# ---- command line and run folder -------------------------------------------------------------------------------------
-
-
-def fail(message: str, status: int = 2):
-    """End the process with one sentence on stderr: status 2 for bad input, 1 for a failure while running."""
-    tqdm.write(f"error: {message}", file=sys.stderr)  # which first clears a progress bar away
-    sys.exit(status)
+# ---- running ---------------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Read the command line; with --resume or --evaluate, the settings of that run are the defaults."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
-    run_dir, flag = args.resume or args.evaluate, "--resume" if args.resume else "--evaluate"
-    if run_dir is None:
-        return args
-    try:
-        saved = json.loads((Path(run_dir) / "config.json").read_text())
-        if saved["agent"] != Path(__file__).stem:
-            fail(f"{flag} {run_dir}: that is a run of {saved['agent']}, this is {Path(__file__).stem}")
-        defaults = Args(**saved["args"] | {"run_dir": run_dir, "resume": None, "evaluate": None})
-    except FileNotFoundError:
-        fail(f"{flag} {run_dir}: no run is there, its config.json is missing")
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        fail(f"{flag} {run_dir}: this agent cannot use its config.json ({error})")
-    return tyro.cli(Args, args=argv, description=__doc__, default=defaults)
+    """Read the command line; behind --resume or --evaluate stand the settings of that run, and other flags win."""
+    import tyro
+
+    argv = sys.argv[1:] if argv is None else argv
+    parser, flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False), []
+    parser.add_argument("--resume", "--evaluate", dest="source")
+    if source := parser.parse_known_args(argv)[0].source:
+        with explained(f"{source}: no run of {Path(__file__).stem}"):
+            config = json.loads(Path(source, "config.json").read_text())
+            if config["agent"] != Path(__file__).stem:
+                raise UserError(f"but one of {config['agent']}")
+            for name, value in config["args"].items():
+                if name not in ("run_dir", "resume", "evaluate") and value is not None:
+                    on, off = (f"--{prefix}{name.replace('_', '-')}" for prefix in ("", "no-"))
+                    flags.append(on if value is True else off if value is False else f"{on}={value}")
+    return tyro.cli(Args, args=[*flags, *argv], description=__doc__)
 
 
-def check_sizes(args: Args) -> None:
-    """End with a sentence if sizes do not fit together."""
-    if args.batch_size % args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches}: does not divide num_envs x num_steps = {args.batch_size}")
-    if args.total_timesteps < args.batch_size:
-        fail(f"--total-timesteps {args.total_timesteps}: less than num_envs x num_steps = {args.batch_size}")
+def claim_folder(args: Args) -> tuple[Path, object]:
+    """The folder of this run, made if it is new, and a lock that this process holds until it ends: no two share one."""
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
+    with explained(f"--{'resume' if args.resume else 'run-dir'} {run_dir}: not an empty folder, or one in use"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not args.resume and {path.name for path in run_dir.iterdir()} - {".lock"}:
+            raise UserError("to go on with a run, name it with --resume")
+        lock = open(run_dir / ".lock", "w")
+        if os.name == "posix":  # Windows has no fcntl
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return run_dir, lock
 
 
-def check_args(args: Args) -> tuple[torch.device, str]:
-    """The device and the mode to use; ends with a sentence about the first flag that cannot be meant."""
-    if args.env_id not in (ids := envpool.list_all_envs()):
-        near = ", ".join(difflib.get_close_matches(args.env_id, ids, n=3, cutoff=0.4)) or "none"
-        fail(f"--env-id {args.env_id}: envpool has no such environment; nearest: {near}")
-    for name, (low, high) in LIMITS.items():
-        if not low <= getattr(args, name) <= high:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie between {low} and {high}")
-    if args.resume and args.evaluate:
-        fail("--evaluate: cannot be combined with --resume")
-    if args.resume and args.run_dir not in (None, args.resume):
-        fail(f"--run-dir {args.run_dir}: a run that goes on by --resume stays in its folder")
-    check_sizes(args)
-    if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", args.device):
-        fail(f"--device {args.device}: must be auto, cpu, cuda or cuda:N")
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    device = torch.device("cuda:0" if name == "cuda" else name)
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        fail(f"--device {args.device}: torch can use {torch.cuda.device_count()} CUDA devices on this machine")
-    fastest = "compile-cudagraphs" if device.type == "cuda" else CPU_MODE
-    if not shutil.which(os.environ.get("CXX", "g++")):  # torch.compile needs it, on a GPU too
-        fastest = "cudagraphs" if device.type == "cuda" else "eager"
-    mode = fastest if args.mode == "auto" else args.mode
-    if "cudagraphs" in mode and device.type != "cuda":
-        fail(f"--mode {mode}: CUDA graphs need a CUDA device, and --device is {device}")
-    if args.track and not importlib.util.find_spec("wandb"):
-        fail("--track: needs the package wandb, which is not installed")
-    return device, mode
+def env_seed(args: Args, purpose: Literal["training", "evaluation", "film"], global_step: int = 0) -> int:
+    """Seed of the first of some environments, below 2**31: far from those of other purposes, runs and resumptions."""
+    part = ("training", "evaluation", "film").index(purpose)
+    return part * 2**29 + int(np.random.SeedSequence([args.seed, part, global_step]).generate_state(1)[0]) % 2**28
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: aside, flushed, then renamed over the old one."""
-    aside = path.with_name(path.name + ".tmp")
+    """Write a file whole or not at all, whatever ends this process meanwhile: aside, then renamed over the old one."""
+    aside = path.with_suffix(".tmp")
     try:
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        aside.write_bytes(content)
         os.replace(aside, path)
-    except OSError as error:
+    finally:
         aside.unlink(missing_ok=True)
-        fail(f"cannot write {path}: {error.strerror}; what was saved before is untouched", status=1)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write `content` as indented JSON, whole or not at all."""
-    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def load_checkpoint(run_dir: Path, flag: str) -> dict:
-    """Read a run's checkpoint.pt into the host's memory; `flag` is the one that asked for it."""
-    try:
-        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-        return checkpoint | {"global_step": int(checkpoint["global_step"]), "returns": list(checkpoint["returns"])}
-    except FileNotFoundError:
-        fail(f"{flag} {run_dir}: that run ended before its first checkpoint")
-    except Exception:  # torch.load raises whatever the bytes lead it into
-        fail(f"{flag} {run_dir}: its checkpoint.pt is damaged, or not a checkpoint")
-
-
-def restore(checkpoint: dict, flag: str, agent: nn.Module, optimizer, generator: torch.Generator) -> None:
-    """Put parameters, optimizer state and the random number generator back to where a checkpoint left them."""
-    try:
-        agent.load_state_dict(checkpoint["agent"])
-        for group, saved in zip(optimizer.param_groups, checkpoint["optimizer"]["param_groups"], strict=True):
-            saved.update(group, params=saved["params"])  # lr, capturable, ...: of this device, not the checkpoint
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["device"] == generator.device.type:
-            generator.set_state(checkpoint["generator"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        fail(f"{flag}: the checkpoint there is not one of this agent on this environment ({reason})")
 
 
 def final_score(args: Args, agent: Agent, device: torch.device, run_dir: Path, stop=()) -> dict:
     """Evaluate, film if asked to, and return what the summary says of it."""
-    seed = (args.seed * 10_000 + 5_000) % 2**30  # away from the training environments
     scores, generator = [], torch.Generator(device).manual_seed(args.seed)
-    if args.eval_episodes:
-        envs = make_envs(args, min(args.eval_episodes, 32), seed)
-        scores = evaluate(agent, envs, args.eval_episodes, generator, stop)
+    if args.eval_episodes and not stop:
+        envs = make_envs(args, args.eval_episodes, env_seed(args, "evaluation"))
+        scores = evaluate(agent, envs, generator, args.eval_greedy, stop)
     if args.video and not stop:
-        evaluate(agent, make_envs(args, 1, seed + 1_000, render=True), 1, generator, stop, frames := [])
+        from PIL import Image
+
+        frames, envs = [], make_envs(args, 1, env_seed(args, "film"), render_mode="rgb_array")
+        evaluate(agent, envs, generator, args.eval_greedy, stop, frames)
         first, *others = map(Image.fromarray, frames)
         first.save(gif := io.BytesIO(), "GIF", save_all=True, append_images=others, duration=50, loop=0)
         write_file(run_dir / "episode.gif", gif.getvalue())
@@ -707,146 +536,135 @@ def final_score(args: Args, agent: Agent, device: torch.device, run_dir: Path, s
 
 def main(args: Args, stop=()) -> dict:
     """Train, evaluate and summarise one agent; returns the content of summary.json. A `stop` that fills up ends it."""
-    started = time.perf_counter()
-    device, mode = check_args(args)
-    if args.num_envs % args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches}: does not divide --num-envs {args.num_envs}, and a minibatch "
-             "holds whole environments")  # fmt: skip
-    agent_name, saved_dir = Path(__file__).stem, args.resume or args.evaluate
-    default_dir = f"runs/{args.env_id}__{agent_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(saved_dir or args.run_dir or default_dir)
-    if not saved_dir and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        fail(f"--run-dir {run_dir}: is not an empty folder; to go on with a run, name it with --resume")
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm
 
-    # ---- seed and build ----
-    if device.type == "cuda":
+    started, agent_name, source = time.perf_counter(), Path(__file__).stem, args.resume or args.evaluate
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.device(args.device if cuda and ":" in args.device else "cuda:0" if cuda else "cpu")
+    mode = args.mode if args.mode != "auto" else "compile-cudagraphs" if cuda else "eager"
+    if cuda:
         torch.cuda.set_device(device)
-    torch.manual_seed(args.seed)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    torch.set_num_threads(args.torch_threads or (cpu_cores() if device.type == "cpu" else 1))
-    torch.set_flush_denormal(True)  # fast: dead units leave Adam denormals, which a CPU is 13 times as slow with
+        torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be recorded on the default one
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
+    fast_bf16 = torch.cuda.get_device_capability() >= (8, 0) if cuda else torch.cpu._is_avx512_bf16_supported()
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and fast_bf16)
+    torch.backends.fp32_precision = "tf32" if cuda and args.precision != "fp32" else "ieee"
     torch.backends.cudnn.benchmark = True
-    # not by the newer fp32_precision: while that is set, torch.compile stumbles over its own reading of the older flags
-    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
-    torch.set_float32_matmul_precision("highest" if args.precision == "fp32" or device.type == "cpu" else "high")
-    bf16_cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and bf16_cpu)
-    flag = "--evaluate" if args.evaluate else "--resume"
-    checkpoint = {"global_step": 0, "wall_seconds": 0.0, "returns": []}
-    saved = args.evaluate or (args.resume and (run_dir / "checkpoint.pt").exists())  # else killed before the first one
-    if saved:
-        checkpoint = load_checkpoint(run_dir, flag)
-    global_step, returns = checkpoint["global_step"], deque(checkpoint["returns"], maxlen=100)
-    env_seed = (args.seed * 10_000 + global_step) % 2**30  # far from other seeds' environments, and new after a resume
-    envs = make_envs(args, 1 if args.evaluate else args.num_envs, env_seed)
-    agent = Agent(int(envs.single_action_space.n), bf16).to(device, memory_format=torch.channels_last)
-    lr = torch.tensor(args.learning_rate, device=device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr, eps=1e-5, fused=True, capturable=device.type == "cuda")
-    if saved:
-        restore(checkpoint, f"{flag} {run_dir}", agent, optimizer, generator)
-        lr = optimizer.param_groups[0]["lr"]
+    torch.set_flush_denormal(True)  # fast: dead units leave Adam denormals, which a CPU is 13 times as slow with
+    torch.manual_seed(args.seed)
+
+    # ---- build, or put a checkpoint back ----
+    saved = {"global_step": 0, "wall_seconds": 0.0, "returns": [], "learning_rate": 0.0}
+    if source:
+        with explained(f"{source}/checkpoint.pt: missing or damaged"):
+            saved |= torch.load(Path(source, "checkpoint.pt"), map_location="cpu", weights_only=True)
+    global_step, returns = saved["global_step"], deque(saved["returns"], maxlen=100)
+    envs = make_envs(args, 1 if args.evaluate else args.num_envs, env_seed(args, "training", global_step))
+    check_envs(args, envs)
+    network = {"num_actions": int(envs.single_action_space.n)}
+    agent = Agent(**network, bf16=bf16).to(device, memory_format=torch.channels_last)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    lr = torch.tensor(args.learning_rate, device=device)  # a tensor, so that graphs see it change
+    optimizer = torch.optim.Adam(agent.parameters(), lr, eps=1e-5, fused=True, capturable=cuda)
+    if source:
+        with explained(f"{source}/checkpoint.pt: not of this agent in this environment"):
+            agent.load_state_dict(saved["agent"])
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
+            lr = optimizer.param_groups[0]["lr"]
+            if saved["device"] == device.type:
+                generator.set_state(saved["generator"])
     summary = {"agent": agent_name, "env_id": args.env_id, "seed": args.seed, "device": str(device), "mode": mode}
     summary |= {"torch": torch.__version__, "num_envs": args.num_envs, "global_step": global_step}
     if args.evaluate:
-        return summary | final_score(args, agent, device, run_dir, stop) | {"run_dir": str(run_dir)}
+        return summary | final_score(args, agent, device, Path(source), stop) | {"run_dir": source}
 
-    def wall_seconds():
-        return checkpoint["wall_seconds"] + time.perf_counter() - started
+    def learning_rate() -> float:
+        return args.learning_rate * (1 - args.anneal_lr * global_step / args.total_timesteps)
 
     def save():
         state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "returns": list(returns)}
-        state |= {"generator": generator.get_state(), "device": device.type}
-        torch.save(state | {"global_step": global_step, "wall_seconds": wall_seconds()}, content := io.BytesIO())
-        write_file(run_dir / "checkpoint.pt", content.getbuffer())
+        state |= {"generator": generator.get_state(), "device": device.type, "learning_rate": lr.item()}
+        state |= {"global_step": global_step, "wall_seconds": saved["wall_seconds"] + time.perf_counter() - started}
+        torch.save(state, content := io.BytesIO())
+        write_file(run_dir / "checkpoint.pt", content.getvalue())
 
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--run-dir {run_dir}: cannot be made ({error.strerror})")
-    write_json(run_dir / "config.json", {"agent": agent_name, "args": asdict(args)})
-    write_file(run_dir / Path(__file__).name, Path(__file__).read_bytes())
-    save()
+    run_dir, lock = claim_folder(args)  # the lock is held by being kept
     if args.track:
-        import wandb
+        with explained("--track"):
+            from wandb import init
 
-        wandb.init(project="redline", name=run_dir.name, config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1, flush_secs=30)
-
-    rollout, metrics = Rollout(args, envs, device), torch.zeros(len(METRICS), device=device)
-    clock = time.perf_counter()
-    acts, learn = accelerate(mode, agent, optimizer, rollout, args, metrics)
-    compile_seconds = time.perf_counter() - clock
+            id_file, options = run_dir / "wandb_id.txt", {"config": asdict(args), "sync_tensorboard": True}
+            run_id = id_file.read_text() if id_file.exists() else None  # a resumed run goes on there, too
+            run = init(project="redline", name=run_dir.name, id=run_id, resume="allow", **options)
+            id_file.write_text(run.id)
+    config = {"agent": agent_name, "args": asdict(args), "network": network}
+    write_file(run_dir / "config.json", json.dumps(config, indent=2).encode())
+    write_file(run_dir / Path(__file__).name, Path(__file__).read_bytes())
+    if not source:
+        save()
+    elif learning_rate() > 1.01 * saved["learning_rate"]:
+        rates = f"from {saved['learning_rate']:.3g} to {learning_rate():.3g}"
+        tqdm.write(f"--total-timesteps {args.total_timesteps}: the learning rate rises {rates}", file=sys.stderr)
 
     # ---- the loop ----
-    host_obs, host_actions, host_rewards, host_terminations, host_dones = (
-        getattr(rollout, f"host_{name}").numpy() for name in ("obs", "actions", "rewards", "terminations", "dones")
-    )
-    arrived = torch.cuda.Event() if device.type == "cuda" else None
-    progress = tqdm(desc=args.env_id, total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True,
-                    mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True)  # fmt: skip
+    rollout, built = Rollout(args, envs, device), time.perf_counter()
+    acts, learn = accelerate(mode, agent, optimizer, rollout, args)
+    host_obs, host_actions, host_outcomes = (x.numpy() for x in rollout.host)
     host_obs[:], _ = envs.reset()
     dones = np.zeros(args.num_envs, dtype=bool)
     running, finished = np.zeros((2, args.num_envs)), []  # returns and lengths of games under way; those of ended ones
-    first, last = math.ceil(global_step / args.batch_size) + 1, args.num_iterations
-    log_every, saved_at = max(1, last // 1000), time.perf_counter()
-    speeds = dict.fromkeys(("sps", "sps_rollout", "sps_update"))
-    for iteration in range(first, last + 1):
-        if iteration <= first + 1:  # SPS counts from the second iteration on: the first warms up what is left
-            rollout_seconds, update_seconds, loop_start, loop_step = 0.0, 0.0, time.perf_counter(), global_step
-        if args.anneal_lr:
-            lr.fill_(args.learning_rate * (1 - (iteration - 1) / last))
+    iterations = (args.total_timesteps - global_step) // args.batch_size
+    saved_at, compile_seconds, speeds = time.perf_counter(), 0.0, dict.fromkeys(("sps", "sps_rollout", "sps_update"))
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1, flush_secs=30)
+    progress = tqdm(desc=args.env_id, total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True,
+                    mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True)  # fmt: skip
+    for iteration in range(iterations):
+        if iteration <= 3:  # SPS counts from the fourth iteration on: those before compile and capture
+            loop_start, loop_step, seconds = time.perf_counter(), global_step, {"sps_rollout": 0.0, "sps_update": 0.0}
+        lr.fill_(learning_rate())
         draw_noise(rollout, generator)
 
         clock = time.perf_counter()
-        for t, act in enumerate(acts):
-            host_dones[t] = dones
-            act()
-            if arrived:
-                arrived.record()
-                arrived.synchronize()  # sync: the actions have arrived in host_actions; the one wait of the loop
+        host_outcomes[:, 0] = host_outcomes[:, -1]
+        for t, step in enumerate(acts):
+            step()
+            wait()  # the actions have arrived in host_actions
             obs, rewards, terminations, truncations, infos = envs.step(host_actions)
-            host_obs[:], host_rewards[t], host_terminations[t] = obs, rewards, terminations
-            true_rewards, overs = true_game(rewards, terminations, truncations, infos)
+            true_rewards, overs = true_game(terminations, truncations, infos)
             running += true_rewards, ~dones
             dones = terminations | truncations
+            host_obs[:], host_outcomes[:, t + 1] = obs, (rewards, terminations, dones)
             if overs.any():
                 finished += running[:, overs].T.tolist()
                 running[:, overs] = 0
-        host_dones[-1] = dones
-        rollout_seconds += time.perf_counter() - clock
+        seconds["sps_rollout"] += time.perf_counter() - clock
 
         clock = time.perf_counter()
-        learn()
-        if arrived:
-            torch.cuda.synchronize(device)  # for the clock: nothing is held up that could go on without the update
-        update_seconds += time.perf_counter() - clock
+        metrics = learn()
+        wait()
+        seconds["sps_update"] += time.perf_counter() - clock
 
         global_step += args.batch_size
         progress.update(args.batch_size)
-        stopping = iteration == last or bool(stop)
+        stopping = iteration == iterations - 1 or bool(stop)
         saving = stopping or time.perf_counter() - saved_at > 60 * args.checkpoint_minutes
-        if saving or iteration % log_every == 0:
-            losses = dict(zip(METRICS, metrics.tolist()))
-            if not all(map(math.isfinite, losses.values())):
-                progress.close()
-                writer.close()
-                fail(f"the loss is not finite any more at step {global_step}: {losses}. A lower --learning-rate may "
-                     f"help; {run_dir}/checkpoint.pt is from before", status=1)  # fmt: skip
-            seconds = time.perf_counter() - loop_start, rollout_seconds, update_seconds
-            speeds = {name: (global_step - loop_step) / s for name, s in zip(speeds, seconds)}
-            scalars = {"charts/SPS": speeds["sps"], "charts/learning_rate": lr.item()}
-            scalars |= {f"losses/{name}": value for name, value in losses.items()}
+        if saving or iteration % max(1, args.total_timesteps // args.batch_size // 1000) == 0:
+            scalars = {f"losses/{name}": value.item() for name, value in metrics.items()}
+            if not all(map(math.isfinite, scalars.values())):
+                raise FloatingPointError(f"the loss is not finite any more at step {global_step}: {scalars}; a lower "
+                                         "--learning-rate may help, and checkpoint.pt is from before")  # fmt: skip
+            seconds["sps"], compile_seconds = time.perf_counter() - loop_start, loop_start - built
+            speeds = {name: (global_step - loop_step) / value for name, value in seconds.items()}
+            scalars |= {"charts/SPS": speeds["sps"], "charts/learning_rate": lr.item()}
             if finished:
                 scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(finished, axis=0)
                 returns.extend(episode_return for episode_return, _ in finished)
                 finished.clear()
                 progress.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
-            try:
-                for tag, value in scalars.items():
-                    writer.add_scalar(tag, value, global_step)
-            except OSError as error:  # from its thread, which could not write what it was given before
-                save()
-                fail(f"cannot write the curves in {run_dir}: {error.strerror}", status=1)
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, global_step)
         if saving:
             save()
             saved_at = time.perf_counter()
@@ -855,12 +673,13 @@ def main(args: Args, stop=()) -> dict:
     progress.close()
     writer.close()
 
-    # ---- score and summary ----
     summary |= {"global_step": global_step, "train_return_mean": float(np.mean(returns)) if returns else None}
-    summary |= speeds | final_score(args, agent, device, run_dir, stop)
-    summary |= {"stopped_by": signal.Signals(stop[0]).name if stop else None, "compile_seconds": compile_seconds}
-    summary |= {"wall_seconds": wall_seconds(), "run_dir": str(run_dir)}
-    write_json(run_dir / "summary.json", summary)
+    summary |= speeds | {"compile_seconds": compile_seconds} | final_score(args, agent, device, run_dir, stop)
+    summary |= {"stopped_by": signal.Signals(stop[0]).name if stop else None, "run_dir": str(run_dir)}
+    summary["wall_seconds"] = saved["wall_seconds"] + time.perf_counter() - started
+    write_file(run_dir / "summary.json", json.dumps(summary, indent=2).encode())
+    if args.track:
+        run.finish()
     return summary
 
 
@@ -870,8 +689,11 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number) or signal.signal(number, signal.SIG_DFL))
     try:
-        result = main(parse_args(), signals)
-    except (OSError, torch.OutOfMemoryError) as error:
-        fail(str(error).splitlines()[0], status=1)
-    print(json.dumps(result))
+        print(json.dumps(main(parse_args(), signals)), flush=True)
+    except Exception as error:
+        failures = UserError, OSError, MemoryError, FloatingPointError, torch.OutOfMemoryError
+        if not isinstance(error, failures) and "can't allocate memory" not in str(error):
+            raise  # a bug: its traceback is worth reading
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        os._exit(2 if isinstance(error, UserError) else 1)  # not by way of a stdout that may be closed or full
     sys.exit(128 + signals[0] if signals else 0)

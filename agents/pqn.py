@@ -1,9 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "torch==2.13.0", "gymnasium[atari]==1.4.0", "envpool==1.2.5", "numpy==2.4.6", "tyro==1.0.17",
-#     "tensorboard==2.21.0", "tqdm==4.70.1", "pillow==13.0.0",
-# ]
+# dependencies = ["torch==2.13.0", "gymnasium[atari]==1.4.0", "envpool==1.2.5", "numpy==2.4.6", "tyro==1.0.17",
+#                 "tensorboard==2.21.0", "tqdm==4.70.1", "pillow==13.0.0"]
 # ///
 """Parallelised Q-network (PQN), vector observations, discrete actions. Gallici et al. 2024, arXiv 2407.04811
 
@@ -13,176 +11,142 @@ Q-learning without a replay buffer and without a target network: layer normalisa
 make its batches diverse. Differs from the authors' code (github.com/mttga/purejaxql) in
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - the reset row that the environments put between two episodes is masked out of the loss, and no target reaches over it;
-- the Q-values of the targets are computed in one pass when the rollout is full, by the parameters that acted;
-- weights start orthogonal; the final score is played with the epsilon that training ends with;
+- the optimizer is Adam instead of RAdam, which torch does not have as a fused kernel for GPUs;
+- weights start orthogonal, and the final score is played with the epsilon that training ends with;
 - rewards are not scaled, and the settings below are our own, found on CartPole-v1.
 """
 
-import ctypes
+import argparse
 import difflib
-import importlib.util
 import io
 import json
 import math
 import os
-import re
+import secrets
 import shutil
 import signal
 import sys
 import threading
 import time
-import warnings
 from collections import deque
-from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import envpool
+import gymnasium
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-import tyro
-from gymnasium.spaces import Discrete
-from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+import torch.nn as nn  # other packages are imported where they are used: a trained Agent loads without them
 
 
 @dataclass
 class Args:
     # ---- Run ----
-    seed: int = 1
-    """seed of the network, the sampling noise and the environments"""
-    total_timesteps: int = 250_000
-    """environment steps to train for, counted over all environments"""
-    device: str = "auto"
-    """auto (CUDA where there is one), cpu, cuda or cuda:N"""
-    mode: Literal["auto", "eager", "compile", "cudagraphs", "compile-cudagraphs"] = "auto"
-    """how the same functions are run; auto is the fastest measured for the device"""
-    eval_episodes: int = 20
-    """whole games played after training for the final score; 0 leaves the evaluation out"""
-    run_dir: str | None = None
-    """folder for everything that the run leaves behind; None makes one, runs/<env>__<agent>__<seed>__<time>"""
-    checkpoint_minutes: float = 5.0
-    """minutes between two checkpoints; the first is written before training and the last after it"""
-    resume: str | None = None
-    """go on with the run in this folder, under its own settings unless other flags say otherwise"""
-    evaluate: str | None = None
-    """only evaluate the checkpoint in this run folder, without training"""
-    video: bool = False
-    """also play one episode after the evaluation and save it as episode.gif"""
-    track: bool = False
-    """mirror the curves to Weights & Biases (needs the package wandb)"""
+    seed: int = 1  # seed of the network, the sampling noise and the environments
+    total_timesteps: int = 250_000  # environment steps to train for, counted over all environments
+    device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:N
+    mode: Literal["auto", "eager", "compile", "cudagraphs", "compile-cudagraphs"] = "auto"  # how the functions are run
+    eval_episodes: int = 20  # whole games played after training for the final score; 0 leaves the evaluation out
+    eval_greedy: bool = False  # play these games by the most likely action instead of a sampled one
+    run_dir: str | None = None  # folder for all that the run leaves behind; None makes one below runs/
+    checkpoint_minutes: float = 5.0  # minutes between two checkpoints; one is written before training, one after it
+    resume: str | None = None  # go on with the run in this folder, under its settings unless other flags say otherwise
+    evaluate: str | None = None  # only evaluate the checkpoint in this run folder, without training
+    video: bool = False  # also play one episode after the evaluation; episode.gif has its first 3,000 steps
+    track: bool = False  # mirror the curves to Weights & Biases (needs the package wandb)
 
     # ---- Environment ----
-    env_id: str = "CartPole-v1"
-    """name of the environment in envpool"""
-    num_envs: int = 32
-    """environments stepped together"""
+    env_id: str = "CartPole-v1"  # name of the environment in envpool
+    num_envs: int = 32  # environments stepped together
 
     # ---- Algorithm ----
-    num_steps: int = 32
-    """steps of every environment in one rollout"""
-    learning_rate: float = 2e-3
-    """Adam's learning rate at the start"""
-    anneal_lr: bool = True
-    """lower the learning rate linearly to zero over the run"""
-    gamma: float = 0.99
-    """discount factor"""
-    q_lambda: float = 0.95
-    """lambda of the Q(lambda) targets: 0 looks one step ahead, 1 to the end of the rollout"""
-    num_minibatches: int = 4
-    """minibatches that one epoch splits the rollout into"""
-    update_epochs: int = 4
-    """passes over the rollout in one learning phase"""
-    start_e: float = 1.0
-    """probability of a random action at the start"""
-    end_e: float = 0.05
-    """probability of a random action from the end of exploration on, and in the evaluation"""
-    exploration_fraction: float = 0.3
-    """part of the run over which that probability falls linearly from start_e to end_e"""
-    max_grad_norm: float = 10.0
-    """largest norm of the gradient"""
+    num_steps: int = 32  # steps of every environment in one rollout
+    learning_rate: float = 2e-3  # Adam's learning rate at the start
+    anneal_lr: bool = True  # lower the learning rate linearly to zero over the run
+    gamma: float = 0.99  # discount factor
+    q_lambda: float = 0.95  # lambda of the Q(lambda) targets: 0 looks one step ahead, 1 to the end of the rollout
+    num_minibatches: int = 4  # minibatches that one epoch splits the rollout into
+    update_epochs: int = 4  # passes over the rollout in one learning phase
+    start_e: float = 1.0  # probability of a random action at the start
+    end_e: float = 0.05  # probability of a random action from the end of exploration on, and in the evaluation
+    exploration_fraction: float = 0.3  # part of the run over which it falls linearly from start_e to end_e
+    max_grad_norm: float = 10.0  # largest norm of the gradient
 
     # ---- Speed ----
-    torch_threads: int = 0
-    """CPU threads of torch; 0 takes what was measured best for this agent"""
-    env_threads: int = 0
-    """CPU threads of envpool; 0 takes what was measured best for this agent"""
+    torch_threads: int = 1  # CPU threads of torch; networks this small lose more to handing out work than they gain
+    env_threads: int = 1  # CPU threads of envpool; a step of CartPole is shorter than handing it to another thread
 
-    @property
-    def batch_size(self) -> int:
-        return self.num_envs * self.num_steps
-
-    @property
-    def minibatch_size(self) -> int:
-        return self.batch_size // self.num_minibatches
-
-    @property
-    def num_iterations(self) -> int:
-        return self.total_timesteps // self.batch_size
-
-
-MANY = 2**31 - 1
-LIMITS = {  # smallest and largest value of each number
-    "seed": (0, MANY), "total_timesteps": (1, 10**15), "eval_episodes": (0, MANY), "checkpoint_minutes": (0, MANY),
-    "num_envs": (1, MANY), "num_steps": (1, MANY), "num_minibatches": (1, MANY), "update_epochs": (1, MANY),
-    "learning_rate": (0, 1), "gamma": (0, 1), "q_lambda": (0, 1), "start_e": (0, 1), "end_e": (0, 1),
-    "exploration_fraction": (0, 1), "max_grad_norm": (0, MANY), "torch_threads": (0, 1024), "env_threads": (0, 1024),
-}  # fmt: skip
-METRICS = ("td_loss", "q_values", "grad_norm")
-CPU_MODE = "eager"  # of --mode auto; compiled 1.1 times the steps, but compilation takes as long as a run
-LIBC = ctypes.CDLL(None)  # for sched_getcpu, which Python leaves out
+    def __post_init__(self):
+        """Refuse what cannot be meant: tyro prints the sentence of a ValueError and exits with status 2."""
+        self.batch_size, gpus = self.num_envs * self.num_steps, torch.cuda.device_count()
+        may_be_0 = {"seed", "eval_episodes", "torch_threads", "env_threads"}
+        most = {"torch_threads": 1024, "env_threads": 1024}
+        most |= dict.fromkeys(("gamma", "q_lambda", "start_e", "end_e", "exploration_fraction"), 1)
+        for name, value in vars(self).items():
+            low, high = int(type(value) is int and name not in may_be_0), most.get(name, 2**53)
+            if type(value) in (int, float) and not low <= value <= high:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
+        if self.batch_size % self.num_minibatches or self.batch_size > self.total_timesteps:
+            raise ValueError(f"a rollout of num_envs x num_steps = {self.batch_size} steps must be a multiple of "
+                             f"--num-minibatches {self.num_minibatches}, and fit in --total-timesteps "
+                             f"{self.total_timesteps}")  # fmt: skip
+        if self.resume and (self.evaluate or self.run_dir):
+            raise ValueError("--resume goes on in its own folder: leave out --run-dir and --evaluate")
+        devices = ["auto", "cpu", *["cuda"][:gpus], *(f"cuda:{n}" for n in range(gpus))]
+        if self.device not in devices and not self.evaluate:  # --evaluate takes what there is
+            raise ValueError(f"--device {self.device}: must be one of {', '.join(devices)} on this machine")
+        if "cudagraphs" in self.mode and (self.device == "cpu" or not gpus) and not self.evaluate:
+            raise ValueError(f"--mode {self.mode}: CUDA graphs need a CUDA device")
+        if "compile" in self.mode and not shutil.which(os.environ.get("CXX", "g++")) and not self.evaluate:
+            raise ValueError(f"--mode {self.mode}: torch.compile needs a C++ compiler, g++ or what CXX names")
 
 
-# ---- environments ----------------------------------------------------------------------------------------------------
+class UserError(Exception):
+    """What the user can put right: the program ends with this sentence, without a traceback."""
 
 
-class EnvPool:
-    """An envpool behind the `reset` and `step` of a gymnasium vector environment with next-step autoreset.
+@contextmanager
+def explained(sentence: str):
+    """Turn an error inside into a UserError of this sentence and the error's own text."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{sentence}: {' '.join(str(error).split())[:300]}") from error
 
-    The step after the end of an episode ignores its action and returns the first observation of the next one, with
-    reward 0; the observation of the ending step itself is the episode's last.
+
+# ---- environments and network ----------------------------------------------------------------------------------------
+
+
+def make_envs(args: Args, num_envs: int, seed: int, **extra):
+    """A gymnasium vector environment: observations [num_envs, features], discrete actions; env i has seed + i.
+
+    It resets by itself, in the step after the end of an episode ("next-step autoreset"): that step ignores its action
+    and returns the first observation of the next episode. The observation of the ending step is the episode's last.
+    envpool reports an episode that ends in its very last allowed step as truncated, not as terminated.
     """
+    import envpool
 
-    def __init__(self, pool):
-        self.pool, self.keys, self.num_envs = pool, pool._state_keys, pool.num_envs
-        self.single_observation_space = pool.single_observation_space
-        self.single_action_space = pool.single_action_space
-        self.env_ids = np.arange(self.num_envs, dtype=np.int32)
-        self.reset, self.render = pool.reset, pool.render
-
-    def step(self, actions):
-        """Take actions [num_envs, ...]; returns obs, rewards, terminations, truncations and infos, a row per env."""
-        # fast: three times envpool's own `step` for 4 CartPoles; what that spends its time on are nested dictionaries
-        self.pool._send([self.env_ids, self.env_ids, actions])
-        infos = dict(zip(self.keys, self.pool._recv()))
-        return infos["obs"], infos["reward"], infos["done"] & ~infos["trunc"], infos["trunc"], infos
+    if args.env_id not in (ids := envpool.list_all_envs()):
+        near = ", ".join(difflib.get_close_matches(args.env_id, ids, n=3, cutoff=0.4)) or "none"
+        raise UserError(f"--env-id {args.env_id}: envpool has no such environment; nearest: {near}")
+    gymnasium.logger.min_level = gymnasium.logger.ERROR  # no warnings of envpool's float64 bounds
+    with explained(f"--env-id {args.env_id}"):  # some families need more than envpool brings
+        if envpool.make_spec(args.env_id).config.max_num_players > 1:
+            raise UserError("a game of several players")
+        threads = min(args.env_threads, num_envs)
+        return envpool.make(args.env_id, "gymnasium", num_envs=num_envs, num_threads=threads, seed=seed, **extra)
 
 
-def make_envs(args: Args, num_envs: int, seed: int, render: bool = False) -> EnvPool:
-    """Environments with observations [num_envs, features] float32 and discrete actions; env i has seed + i."""
-    warnings.filterwarnings("ignore", ".*precision lowered by casting")  # gymnasium on envpool's float64 bounds
-    spec = envpool.make_spec(args.env_id)
-    if len(spec.observation_space.shape or ()) != 1 or not isinstance(spec.action_space, Discrete):
-        fail(f"--env-id {args.env_id}: this agent needs vector observations and discrete actions, as in CartPole-v1")
-    threads = min(num_envs, args.env_threads or 1)  # a step of theirs is shorter than handing it to a second thread
-    extra = {"render_mode": "rgb_array"} if render else {}
-    return EnvPool(
-        envpool.make(args.env_id, env_type="gymnasium", num_envs=num_envs, num_threads=threads, seed=seed, **extra)
-    )
-
-
-def true_game(rewards, terminations, truncations, infos):
-    """The game's own rewards [num_envs] and whether a game is over [num_envs], however training shapes them."""
-    return rewards, terminations | truncations
-
-
-# ---- network ---------------------------------------------------------------------------------------------------------
+def check_envs(args: Args, envs) -> None:
+    """Refuse environments that this agent cannot play."""
+    obs, actions, reset = envs.single_observation_space, envs.single_action_space, envs.metadata.get("autoreset_mode")
+    vectors = isinstance(obs, gymnasium.spaces.Box) and len(obs.shape) == 1
+    discrete = isinstance(actions, gymnasium.spaces.Discrete) and actions.start == 0
+    if not vectors or not discrete or reset != gymnasium.vector.AutoresetMode.NEXT_STEP:
+        raise UserError(f"--env-id {args.env_id}: this agent needs vectors as observations, discrete actions from 0 on "
+                        f"and next-step autoreset, as in CartPole-v1; there are {obs}, {actions}, {reset}")  # fmt: skip
 
 
 def layer_init(layer, std=2**0.5):
@@ -203,21 +167,19 @@ class Agent(nn.Module):
 
     def __init__(self, obs_shape: tuple[int, ...], num_actions: int):
         super().__init__()
-        sizes = math.prod(obs_shape), 128, 128
-        self.linears = nn.ModuleList(layer_init(nn.Linear(*shape)) for shape in zip(sizes, sizes[1:]))
-        self.norms = nn.ModuleList(map(nn.LayerNorm, sizes[1:]))
-        self.head = layer_init(nn.Linear(sizes[-1], num_actions), 1)
-        self.register_buffer("epsilon", torch.zeros(()), persistent=False)  # main sets it: see --start-e
+        self.network = nn.Sequential(
+            layer_init(nn.Linear(math.prod(obs_shape), 128)), nn.LayerNorm(128), nn.ReLU(),
+            layer_init(nn.Linear(128, 128)), nn.LayerNorm(128), nn.ReLU(),
+            layer_init(nn.Linear(128, num_actions), 1),
+        )  # fmt: skip
+        self.register_buffer("epsilon", torch.ones(()))  # probability of a random action; main lowers it
 
     def forward(self, obs):
-        """Q-values [batch, num_actions] for obs [batch, features] float32."""
-        hidden = obs
-        for linear, norm in zip(self.linears, self.norms):
-            hidden = norm(linear(hidden)).relu()
-        return self.head(hidden)
+        """Q-values [batch, num_actions] for obs [batch, features] of any number type."""
+        return self.network(obs.float())
 
     def policy(self, obs):
-        """Log-probabilities [batch, num_actions] of the epsilon-greedy policy for obs [batch, features] float32."""
+        """Log-probabilities [batch, num_actions] of the epsilon-greedy policy."""
         return epsilon_greedy(self(obs), self.epsilon)
 
 
@@ -225,371 +187,231 @@ class Agent(nn.Module):
 
 
 class Rollout:
-    """The data of one iteration, allocated once and only ever written in place: captured graphs know its addresses.
+    """The data of one iteration, allocated once and only ever written in place: CUDA graphs know its addresses.
 
-    Rows are time, columns environments. `host_*` are the ends that numpy and envpool touch: pinned memory where the
-    device is a GPU, the very same tensors as their twins where it is the CPU.
+    Rows are time, columns environments; `outcomes` are rewards, terminations and dones, and row t of each, like obs[t],
+    is what actions[t - 1] led to. numpy and envpool touch `host_*`, which is pinned memory where the device is a GPU.
     """
 
     def __init__(self, args: Args, envs, device: torch.device):
-        def twins(*shape, dtype=torch.float32):
-            host = torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
-            return host, host.to(device)
+        def host(*shape, dtype=torch.float32):
+            return torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
-        T, N = args.num_steps, args.num_envs
-        obs_shape, num_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
-        obs_dtype = torch.uint8 if envs.single_observation_space.dtype == np.uint8 else torch.float32
-        # obs[t] came with dones[t]; actions[t], taken there, brought rewards[t] and terminations[t]
-        self.obs = torch.zeros(T + 1, N, *obs_shape, dtype=obs_dtype, device=device)
+        T, N, shape = args.num_steps, args.num_envs, envs.single_observation_space.shape
+        self.host = host(N, *shape), host(N, dtype=torch.int32), host(3, T + 1, N)
+        self.host_obs, self.host_actions, self.host_outcomes = self.host
+        self.outcomes = self.host_outcomes.to(device)  # on a CPU the very same
+        self.obs = torch.zeros(T + 1, N, *shape, device=device)
         self.actions = torch.zeros(T, N, dtype=torch.int64, device=device)
-        self.gumbel = torch.zeros(T, N, num_actions, device=device)
+        self.gumbel = torch.zeros(T, N, int(envs.single_action_space.n), device=device)
         self.permutations = torch.zeros(args.update_epochs, T * N, dtype=torch.int64, device=device)
-        self.host_rewards, self.rewards = twins(T, N)
-        self.host_terminations, self.terminations = twins(T, N)
-        self.host_dones, self.dones = twins(T + 1, N)
-        self.host_obs = twins(N, *obs_shape, dtype=obs_dtype)[0]  # the newest observations and the answer to them
-        self.host_actions = twins(N, dtype=torch.int32)[0]
 
 
 def draw_noise(rollout: Rollout, generator: torch.Generator) -> None:
-    """Draw all the randomness of one iteration: Gumbel noise for its actions and the order of its minibatches.
-
-    Drawn here, outside everything compiled or captured, it is the same in every mode, and no graph can freeze it.
-    """
+    """Draw all the randomness of one iteration, outside all that is compiled or captured: no graph can freeze it."""
     rollout.gumbel.exponential_(generator=generator).log_().neg_()
     for permutation in rollout.permutations:
         torch.randperm(len(permutation), generator=generator, out=permutation)
 
 
-def sample_actions(agent: Agent, obs, gumbel):
-    """Actions [num_envs] int64: argmax(logits + Gumbel noise [num_envs, num_actions]) is a draw from the policy."""
-    return (agent.policy(obs) + gumbel).argmax(-1)
-
-
 @torch.no_grad()
-def act_step(agent: Agent, host_obs, obs, gumbel, actions, host_actions, sample_actions=sample_actions) -> None:
-    """One step of acting: host_obs into the rollout's row `obs`, actions for it into `actions` and host_actions."""
-    obs.copy_(host_obs, non_blocking=True)
-    actions.copy_(sample_actions(agent, obs, gumbel))
-    host_actions.copy_(actions, non_blocking=True)
+def act(policy, rollout: Rollout, t: int) -> None:
+    """Step t of acting: the newest observations into the rollout, and actions for them back to the host."""
+    rollout.obs[t].copy_(rollout.host_obs, non_blocking=True)
+    rollout.actions[t].copy_((policy(rollout.obs[t]) + rollout.gumbel[t]).argmax(-1))  # a draw from the policy
+    rollout.host_actions.copy_(rollout.actions[t], non_blocking=True)
 
 
-def q_lambda(rewards, values, terminations, dones, gamma: float, lambda_: float):
-    """Q(lambda) targets G [T, N] (Gallici et al. 2024), values [T + 1, N] being max_a Q(obs, a).
+def q_lambda(rewards, values, terminations, dones, gamma: float, q_lambda: float):
+    """Q(lambda) targets G [T, N] of arguments [T + 1, N], values being max_a Q(obs, a) (Gallici et al. 2024).
 
-        G[t] = rewards[t] + gamma * ((1 - lambda_) * values[t + 1] + lambda_ * G[t + 1]),  G[T] = values[T]
+        G[t] = r[t + 1] + gamma * ((1 - q_lambda) * values[t + 1] + q_lambda * G[t + 1]),  G[T] = values[T]
 
-    rewards, terminations: [T, N]; dones: [T + 1, N], dones[t + 1] marking that step t ended its episode. There the
-    target ends too: with rewards[t] alone if the episode terminated, and if it was truncated with
-    rewards[t] + gamma * values[t + 1], the value of its own last observation.
+    A truncated episode ends with r + gamma * the value of its own last observation; a terminated one with r.
     """
-    # the same, as a recursion of G - values, which is 0 at T: one-step errors, each weighted by the decay so far
-    errors = rewards + gamma * values[1:] * (1 - terminations) - values[:-1]
-    decay = gamma * lambda_ * (1 - dones[1:])
-    # fast: errors[t] + decay[t] * (what follows) by doubling, log2(T) rounds instead of T: after each, row t holds the
-    # sum of its next `span` errors
-    span = 1
-    while span < len(rewards):
-        errors = errors + decay * F.pad(errors[span:], (0, 0, 0, span))
-        decay = decay * F.pad(decay[span:], (0, 0, 0, span))
-        span *= 2
-    return values[:-1] + errors
-
-
-def max_q(agent: Agent, obs):
-    """max_a Q(obs, a) [batch]: the value of acting greedily from obs [batch, ...] on."""
-    return agent(obs).amax(-1)
+    targets = rewards[1:] + gamma * values[1:] * (1 - terminations[1:])
+    decay = gamma * q_lambda * (1 - dones[1:])
+    targets[:-1] -= decay[:-1] * values[1:-1]
+    for t in reversed(range(len(targets) - 1)):
+        targets[t].addcmul_(decay[t], targets[t + 1])
+    return targets
 
 
 def td_loss(agent: Agent, obs, actions, targets, valid):
-    """Half the mean squared error of Q(obs, actions) against the targets, over a minibatch, and its first 2 METRICS.
+    """Half the mean squared error of Q(obs, actions) against the targets, over a minibatch, and numbers to log.
 
     Every argument is [minibatch_size, ...]; `valid` is 1 in rows that count and 0 in reset rows.
     """
-    weights = valid / valid.sum().clamp(min=1)
+    weights = valid / valid.sum().clamp(min=1)  # x @ weights is the mean of x over the rows that count
     q_values = agent(obs).gather(-1, actions[:, None]).squeeze(-1)
-    loss = 0.5 * weights @ (q_values - targets).square()
-    # stacked anew: torch.compile loses the gradient of a view of what is returned detached, too (pytorch#195357)
-    return loss, torch.stack([loss, weights @ q_values]).detach()
+    loss = 0.5 * (q_values - targets).square() @ weights
+    return loss, {"td_loss": loss, "q_values": q_values @ weights}
 
 
-def gradients(loss_fn: Callable, params: tuple, max_grad_norm: float, *inputs):
-    """Of the loss that loss_fn(*inputs) returns with its metrics: the gradient for each of `params`, all together cut
-    to a norm of max_grad_norm, and the metrics with the norm before the cut appended.
-    """
+def gradients(loss_fn, params: list, *inputs) -> tuple[list, dict]:
+    """Gradients of the loss that loss_fn(*inputs) returns, one for each of `params`, and its numbers to log."""
     loss, metrics = loss_fn(*inputs)
     grads = torch.autograd.grad(loss, params)
-    grad_norm = torch.stack([grad.norm() for grad in grads]).norm()
-    scale = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
-    # each with the strides of its parameter: a fused optimizer takes the two for alike without looking
-    grads = [torch.empty_like(param).copy_(grad * scale) for grad, param in zip(grads, params)]
-    return grads, torch.cat([metrics, grad_norm[None]])
+    # a fused optimizer takes for granted that a gradient lies in memory as its parameter does
+    grads = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for g, p in zip(grads, params)]
+    return grads, {name: value.detach() for name, value in metrics.items()}
 
 
-def update(
-    agent: Agent, optimizer, rollout: Rollout, args: Args, metrics,
-    q_lambda=q_lambda, max_q=max_q, gradients=gradients,
-) -> None:  # fmt: skip
-    """The learning phase: targets, then update_epochs passes over the rollout; `metrics` gets the means of METRICS."""
+def step_optimizer(optimizer, params: list, grads: list, max_grad_norm: float):
+    """One step of the optimizer, all gradients together cut to a norm of max_grad_norm; returns the norm before."""
+    for param, grad in zip(params, grads):
+        param.grad = grad
+    norm = nn.utils.clip_grad_norm_(params, max_grad_norm)
+    optimizer.step()
+    return norm
+
+
+def update(agent: Agent, optimizer, rollout: Rollout, args: Args, gradients=gradients) -> dict:
+    """The learning phase: targets, then update_epochs passes over the rollout; returns the means of the metrics."""
     rollout.obs[-1].copy_(rollout.host_obs, non_blocking=True)
-    rollout.rewards.copy_(rollout.host_rewards, non_blocking=True)
-    rollout.terminations.copy_(rollout.host_terminations, non_blocking=True)
-    rollout.dones.copy_(rollout.host_dones, non_blocking=True)
+    rollout.outcomes.copy_(rollout.host_outcomes, non_blocking=True)
+    rewards, terminations, dones = rollout.outcomes
+    with torch.no_grad():  # fast: one batched pass, instead of a maximum at every step
+        values = agent(rollout.obs).amax(-1)
+        targets = q_lambda(rewards, values, terminations, dones, args.gamma, args.q_lambda)
+    valid = 1 - dones[:-1]  # the action of a reset row did nothing
+    batch = [x.flatten(0, 1) for x in (rollout.obs[:-1], rollout.actions, targets, valid)]
 
-    with torch.no_grad():
-        # fast: one batched pass here, instead of a maximum computed and stored at every step
-        size = args.minibatch_size
-        chunks = [*rollout.obs[:-1].flatten(0, 1).split(size), rollout.obs[-1]]
-        values = torch.cat([max_q(agent, obs) for obs in chunks]).view(-1, args.num_envs)
-        targets = q_lambda(rollout.rewards, values, rollout.terminations, rollout.dones, args.gamma, args.q_lambda)
-        valid = 1 - rollout.dones[:-1]  # the action of a reset row did nothing
-        batch = [x.flatten(0, 1) for x in (rollout.obs[:-1], rollout.actions, targets, valid)]
-
-    params = tuple(agent.parameters())
-    metrics.zero_()
+    params, logged = list(agent.parameters()), []
     for permutation in rollout.permutations:
-        for minibatch in zip(*(x[permutation].split(size) for x in batch)):
-            grads, mb_metrics = gradients(td_loss, params, args.max_grad_norm, agent, *minibatch)
-            for param, grad in zip(params, grads):
-                param.grad = grad
-            optimizer.step()
-            metrics += mb_metrics
-    metrics /= args.update_epochs * args.num_minibatches
+        for rows in permutation.chunk(args.num_minibatches):
+            grads, metrics = gradients(td_loss, params, agent, *(x[rows] for x in batch))
+            metrics["grad_norm"] = step_optimizer(optimizer, params, grads, args.max_grad_norm)
+            logged.append(metrics)
+    return {name: torch.stack([metrics[name] for metrics in logged]).mean() for name in logged[0]}
 
 
 @torch.no_grad()
-def evaluate(agent: Agent, envs, episodes: int, generator: torch.Generator, stop=(), frames=None) -> list[float]:
-    """True returns of `episodes` whole games, actions sampled from the policy as in training; fewer after a `stop`.
+def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=(), frames=None) -> list[float]:
+    """True returns of one whole game in each environment, epsilon-greedy or greedy; fewer after a `stop`.
 
-    Each environment plays a share of the games fixed beforehand: first come, first counted would favour short games.
-    `frames`, a list, gets the pictures [height, width, 3] uint8 of the first environment.
+    `frames`, a list, gets the first 1,000 pictures [height, width, 3] uint8 of the first environment.
     """
-    share = np.array([episodes // envs.num_envs + (n < episodes % envs.num_envs) for n in range(envs.num_envs)])
-    running, returns = np.zeros(envs.num_envs), []
+    returns, playing = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
     obs, _ = envs.reset()
-    while share.any():
-        if frames is not None:
+    while playing.any() and not stop:
+        if frames is not None and len(frames) < 1000:
             frames.append(envs.render()[0])
-        if stop:
-            break
-        logits = agent.policy(torch.from_numpy(obs).to(generator.device))
-        noise = torch.empty_like(logits).exponential_(generator=generator).log_()
-        obs, *results = envs.step((logits - noise).argmax(-1).to("cpu", torch.int32).numpy())
-        rewards, overs = true_game(*results)
-        running += rewards
-        for n in np.flatnonzero(overs):
-            if share[n]:
-                returns.append(float(running[n]))
-                share[n] -= 1
-            running[n] = 0
-    return returns
+        q_values = agent(torch.as_tensor(obs, device=generator.device))
+        gumbel = -torch.empty_like(q_values).exponential_(generator=generator).log()
+        logits = q_values if greedy else epsilon_greedy(q_values, agent.epsilon) + gumbel
+        actions = logits.argmax(-1).int().cpu().numpy()
+        obs, rewards, terminations, truncations, _ = envs.step(actions)
+        returns += rewards * playing
+        playing &= ~(terminations | truncations)
+    return returns[~playing].tolist()
 
 
-# ---- speed -----------------------------------------------------------------------------------------------------------
+# ---- speed: every mode runs the functions above ----------------------------------------------------------------------
 
 
-def threads_of_this_process() -> set[int]:
-    """Ids of the threads of this process; none where the system is not Linux."""
-    return {int(task.name) for task in Path("/proc/self/task").glob("*")}
+class CudaGraph:
+    """A step that runs as it is twice, is recorded as a CUDA graph in its third call, and is replayed from then on.
 
-
-@contextmanager
-def one_core(threads: set[int]):
-    """Keep this thread and `threads`, ids of others, on the core that this one is on now; without any, do nothing.
-
-    To wake a thread on another core, which has gone to sleep, takes longer than a step of small environments. Leaving
-    gives this thread its cores back, so that the system can part programs that have met on one.
+    Recorded are kernels and addresses: shapes must not change, no Python branch may depend on the value of a tensor,
+    and what varies between calls or outlives them is read and written in place, in tensors made elsewhere.
     """
-    if not threads:
-        yield
-        return
-    cores, core = os.sched_getaffinity(0), {LIBC.sched_getcpu()}
-    with suppress(OSError):  # a sandbox may forbid it; slower, then
-        for thread in (0, *threads):
-            os.sched_setaffinity(thread, core)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            os.sched_setaffinity(0, cores)
+
+    def __init__(self, step, pool):
+        self.step, self.pool, self.calls, self.graph = step, pool, 0, torch.cuda.CUDAGraph()
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls < 3:
+            return self.step()
+        if self.calls == 3:
+            with torch.cuda.graph(self.graph, pool=self.pool, stream=torch.cuda.current_stream()):
+                self.result = self.step()
+        self.graph.replay()
+        return self.result
 
 
-def warm_up(step, state) -> None:
-    """Call `step` until all is compiled, tuned and allocated, then put back every tensor that `state()` lists."""
-    before = {id(x): x.clone() for x in state()}
-    for _ in range(3):
-        step()
-    with torch.no_grad():
-        for x in state():  # what only the warm-up brought into being is optimizer state, which starts at zero
-            x.copy_(before[id(x)]) if id(x) in before else x.zero_()
-
-
-def capture(steps, state) -> list:
-    """Record a call of each of `steps`, alike but for their arguments, as a CUDA graph; returns their replays.
-
-    The contract of a step: fixed shapes, no branch of the host on a tensor, no allocation of pinned memory, and
-    everything that outlives the call is changed in place. What varies between calls is read from tensors.
-    The graphs share their scratch memory, so they are to be replayed in the order of `steps`.
-    """
-    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        warm_up(steps[0], state)
-    torch.cuda.current_stream().wait_stream(stream)
-    graphs = [torch.cuda.CUDAGraph() for _ in steps]
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for graph, step in zip(graphs, steps):
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
-                step()
-    return [graph.replay for graph in graphs]
-
-
-def accelerate(mode: str, agent: Agent, optimizer, rollout: Rollout, args: Args, metrics) -> tuple[list, Callable]:
-    """The steps of acting, one for each row of the rollout, and the learning phase, bound to their tensors.
-
-    Every mode runs the same functions: leave out all that follows an `if`, and eager mode remains.
-    """
-    sample_fn, update_fns = sample_actions, (q_lambda, max_q, gradients)
+def accelerate(mode: str, agent: Agent, optimizer, rollout: Rollout, args: Args) -> tuple:
+    """The steps of acting, one for each row of the rollout, and the learning phase."""
+    policy_fn, gradients_fn = agent.policy, gradients
     if "compile" in mode:
-        # fast: loss, gradients and their norm in one piece take 40 % off a CPU's update of 4 x 128 steps of CartPole
-        torch._dynamo.config.trace_autograd_ops = True
-        update_fns = [torch.compile(f, fullgraph=True, dynamic=False) for f in update_fns]
-    if "compile" in mode and metrics.is_cuda:  # on a CPU, calling a compiled policy costs more than it saves
-        sample_fn = torch.compile(sample_actions, fullgraph=True, dynamic=False)
-
-    rows = zip(rollout.obs, rollout.gumbel, rollout.actions)
-    acts = [partial(act_step, agent, rollout.host_obs, *row, rollout.host_actions, sample_fn) for row in rows]
-    learn = partial(update, agent, optimizer, rollout, args, metrics, *update_fns)
-
-    def trained():
-        return [*agent.parameters(), *(x for state in optimizer.state.values() for x in state.values())]
-
-    if mode == "compile":
-        warm_up(acts[0], state=list)
-        warm_up(learn, state=trained)
+        torch._dynamo.config.trace_autograd_ops = True  # fast: loss and gradients in one piece
+        gradients_fn = torch.compile(gradients, fullgraph=True, dynamic=False)
+        if rollout.obs.is_cuda:  # on a CPU, calling a compiled policy costs more than it saves
+            policy_fn = torch.compile(agent.policy, fullgraph=True, dynamic=False)
+    acts = [partial(act, policy_fn, rollout, t) for t in range(args.num_steps)]
+    learn = partial(update, agent, optimizer, rollout, args, gradients_fn)
     if "cudagraphs" in mode:
-        return capture(acts, state=list), capture([learn], state=trained)[0]
+        pool = torch.cuda.graph_pool_handle()  # one for all steps of acting, which are always replayed in this order
+        acts, learn = [CudaGraph(step, pool) for step in acts], CudaGraph(learn, torch.cuda.graph_pool_handle())
     return acts, learn
 
 
-# ---- command line and run folder -------------------------------------------------------------------------------------
-
-
-def fail(message: str, status: int = 2):
-    """End the process with one sentence on stderr: status 2 for bad input, 1 for a failure while running."""
-    tqdm.write(f"error: {message}", file=sys.stderr)  # which first clears a progress bar away
-    sys.exit(status)
+# ---- running ---------------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Read the command line; with --resume or --evaluate, the settings of that run are the defaults."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
-    run_dir, flag = args.resume or args.evaluate, "--resume" if args.resume else "--evaluate"
-    if run_dir is None:
-        return args
-    try:
-        saved = json.loads((Path(run_dir) / "config.json").read_text())
-        if saved["agent"] != Path(__file__).stem:
-            fail(f"{flag} {run_dir}: that is a run of {saved['agent']}, this is {Path(__file__).stem}")
-        defaults = Args(**saved["args"] | {"run_dir": run_dir, "resume": None, "evaluate": None})
-    except FileNotFoundError:
-        fail(f"{flag} {run_dir}: no run is there, its config.json is missing")
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        fail(f"{flag} {run_dir}: this agent cannot use its config.json ({error})")
-    return tyro.cli(Args, args=argv, description=__doc__, default=defaults)
+    """Read the command line; behind --resume or --evaluate stand the settings of that run, and other flags win."""
+    import tyro
+
+    argv = sys.argv[1:] if argv is None else argv
+    parser, flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False), []
+    parser.add_argument("--resume", "--evaluate", dest="source")
+    if source := parser.parse_known_args(argv)[0].source:
+        with explained(f"{source}: no run of {Path(__file__).stem}"):
+            config = json.loads(Path(source, "config.json").read_text())
+            if config["agent"] != Path(__file__).stem:
+                raise UserError(f"but one of {config['agent']}")
+            for name, value in config["args"].items():
+                if name not in ("run_dir", "resume", "evaluate") and value is not None:
+                    on, off = (f"--{prefix}{name.replace('_', '-')}" for prefix in ("", "no-"))
+                    flags.append(on if value is True else off if value is False else f"{on}={value}")
+    return tyro.cli(Args, args=[*flags, *argv], description=__doc__)
 
 
-def check_sizes(args: Args) -> None:
-    """End with a sentence if sizes do not fit together."""
-    if args.batch_size % args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches}: does not divide num_envs x num_steps = {args.batch_size}")
-    if args.total_timesteps < args.batch_size:
-        fail(f"--total-timesteps {args.total_timesteps}: less than num_envs x num_steps = {args.batch_size}")
+def claim_folder(args: Args) -> tuple[Path, object]:
+    """The folder of this run, made if it is new, and a lock that this process holds until it ends: no two share one."""
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
+    with explained(f"--{'resume' if args.resume else 'run-dir'} {run_dir}: not an empty folder, or one in use"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not args.resume and {path.name for path in run_dir.iterdir()} - {".lock"}:
+            raise UserError("to go on with a run, name it with --resume")
+        lock = open(run_dir / ".lock", "w")
+        if os.name == "posix":  # Windows has no fcntl
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return run_dir, lock
 
 
-def check_args(args: Args) -> tuple[torch.device, str]:
-    """The device and the mode to use; ends with a sentence about the first flag that cannot be meant."""
-    if args.env_id not in (ids := envpool.list_all_envs()):
-        near = ", ".join(difflib.get_close_matches(args.env_id, ids, n=3, cutoff=0.4)) or "none"
-        fail(f"--env-id {args.env_id}: envpool has no such environment; nearest: {near}")
-    for name, (low, high) in LIMITS.items():
-        if not low <= getattr(args, name) <= high:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie between {low} and {high}")
-    if args.resume and args.evaluate:
-        fail("--evaluate: cannot be combined with --resume")
-    if args.resume and args.run_dir not in (None, args.resume):
-        fail(f"--run-dir {args.run_dir}: a run that goes on by --resume stays in its folder")
-    check_sizes(args)
-    if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", args.device):
-        fail(f"--device {args.device}: must be auto, cpu, cuda or cuda:N")
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    device = torch.device("cuda:0" if name == "cuda" else name)
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        fail(f"--device {args.device}: torch can use {torch.cuda.device_count()} CUDA devices on this machine")
-    fastest = "compile-cudagraphs" if device.type == "cuda" else CPU_MODE
-    if not shutil.which(os.environ.get("CXX", "g++")):  # torch.compile needs it, on a GPU too
-        fastest = "cudagraphs" if device.type == "cuda" else "eager"
-    mode = fastest if args.mode == "auto" else args.mode
-    if "cudagraphs" in mode and device.type != "cuda":
-        fail(f"--mode {mode}: CUDA graphs need a CUDA device, and --device is {device}")
-    if args.track and not importlib.util.find_spec("wandb"):
-        fail("--track: needs the package wandb, which is not installed")
-    return device, mode
+def env_seed(args: Args, purpose: Literal["training", "evaluation", "film"], global_step: int = 0) -> int:
+    """Seed of the first of some environments, below 2**31: far from those of other purposes, runs and resumptions."""
+    part = ("training", "evaluation", "film").index(purpose)
+    return part * 2**29 + int(np.random.SeedSequence([args.seed, part, global_step]).generate_state(1)[0]) % 2**28
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: aside, flushed, then renamed over the old one."""
-    aside = path.with_name(path.name + ".tmp")
+    """Write a file whole or not at all, whatever ends this process meanwhile: aside, then renamed over the old one."""
+    aside = path.with_suffix(".tmp")
     try:
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        aside.write_bytes(content)
         os.replace(aside, path)
-    except OSError as error:
+    finally:
         aside.unlink(missing_ok=True)
-        fail(f"cannot write {path}: {error.strerror}; what was saved before is untouched", status=1)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write `content` as indented JSON, whole or not at all."""
-    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def load_checkpoint(run_dir: Path, flag: str) -> dict:
-    """Read a run's checkpoint.pt into the host's memory; `flag` is the one that asked for it."""
-    try:
-        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-        return checkpoint | {"global_step": int(checkpoint["global_step"]), "returns": list(checkpoint["returns"])}
-    except FileNotFoundError:
-        fail(f"{flag} {run_dir}: that run ended before its first checkpoint")
-    except Exception:  # torch.load raises whatever the bytes lead it into
-        fail(f"{flag} {run_dir}: its checkpoint.pt is damaged, or not a checkpoint")
-
-
-def restore(checkpoint: dict, flag: str, agent: nn.Module, optimizer, generator: torch.Generator) -> None:
-    """Put parameters, optimizer state and the random number generator back to where a checkpoint left them."""
-    try:
-        agent.load_state_dict(checkpoint["agent"])
-        for group, saved in zip(optimizer.param_groups, checkpoint["optimizer"]["param_groups"], strict=True):
-            saved.update(group, params=saved["params"])  # lr, capturable, ...: of this device, not the checkpoint
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["device"] == generator.device.type:
-            generator.set_state(checkpoint["generator"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        fail(f"{flag}: the checkpoint there is not one of this agent on this environment ({reason})")
 
 
 def final_score(args: Args, agent: Agent, device: torch.device, run_dir: Path, stop=()) -> dict:
     """Evaluate, film if asked to, and return what the summary says of it."""
-    seed = (args.seed * 10_000 + 5_000) % 2**30  # away from the training environments
     scores, generator = [], torch.Generator(device).manual_seed(args.seed)
-    if args.eval_episodes:
-        envs = make_envs(args, min(args.eval_episodes, 32), seed)
-        scores = evaluate(agent, envs, args.eval_episodes, generator, stop)
+    if args.eval_episodes and not stop:
+        envs = make_envs(args, args.eval_episodes, env_seed(args, "evaluation"))
+        scores = evaluate(agent, envs, generator, args.eval_greedy, stop)
     if args.video and not stop:
-        evaluate(agent, make_envs(args, 1, seed + 1_000, render=True), 1, generator, stop, frames := [])
+        from PIL import Image
+
+        frames, envs = [], make_envs(args, 1, env_seed(args, "film"), render_mode="rgb_array")
+        evaluate(agent, envs, generator, args.eval_greedy, stop, frames)
         first, *others = map(Image.fromarray, frames)
         first.save(gif := io.BytesIO(), "GIF", save_all=True, append_images=others, duration=50, loop=0)
         write_file(run_dir / "episode.gif", gif.getvalue())
@@ -599,146 +421,138 @@ def final_score(args: Args, agent: Agent, device: torch.device, run_dir: Path, s
 
 def main(args: Args, stop=()) -> dict:
     """Train, evaluate and summarise one agent; returns the content of summary.json. A `stop` that fills up ends it."""
-    started = time.perf_counter()
-    device, mode = check_args(args)
-    agent_name, saved_dir = Path(__file__).stem, args.resume or args.evaluate
-    default_dir = f"runs/{args.env_id}__{agent_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(saved_dir or args.run_dir or default_dir)
-    if not saved_dir and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        fail(f"--run-dir {run_dir}: is not an empty folder; to go on with a run, name it with --resume")
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm
 
-    # ---- seed and build ----
-    if device.type == "cuda":
+    started, agent_name, source = time.perf_counter(), Path(__file__).stem, args.resume or args.evaluate
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.device(args.device if cuda and ":" in args.device else "cuda:0" if cuda else "cpu")
+    mode = args.mode if args.mode != "auto" else "compile-cudagraphs" if cuda else "eager"
+    if cuda:
         torch.cuda.set_device(device)
-    torch.manual_seed(args.seed)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    torch.set_num_threads(args.torch_threads or 1)  # networks this small lose more to handing out work than they gain
+        torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be recorded on the default one
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
     torch.set_flush_denormal(True)  # fast: dead units leave Adam denormals, which a CPU is 13 times as slow with
-    flag = "--evaluate" if args.evaluate else "--resume"
-    checkpoint = {"global_step": 0, "wall_seconds": 0.0, "returns": []}
-    saved = args.evaluate or (args.resume and (run_dir / "checkpoint.pt").exists())  # else killed before the first one
-    if saved:
-        checkpoint = load_checkpoint(run_dir, flag)
-    global_step, returns = checkpoint["global_step"], deque(checkpoint["returns"], maxlen=100)
-    env_seed = (args.seed * 10_000 + global_step) % 2**30  # far from other seeds' environments, and new after a resume
-    others = threads_of_this_process()
-    envs = make_envs(args, 1 if args.evaluate else args.num_envs, env_seed)
-    env_threads = threads_of_this_process() - others
-    agent = Agent(envs.single_observation_space.shape, int(envs.single_action_space.n)).to(device)
-    lr = torch.tensor(args.learning_rate, device=device)
-    optimizer = torch.optim.RAdam(agent.parameters(), lr, foreach=True, capturable=device.type == "cuda")
-    if saved:
-        restore(checkpoint, f"{flag} {run_dir}", agent, optimizer, generator)
-        lr = optimizer.param_groups[0]["lr"]
+    torch.manual_seed(args.seed)
+
+    # ---- build, or put a checkpoint back ----
+    saved = {"global_step": 0, "wall_seconds": 0.0, "returns": [], "learning_rate": 0.0}
+    if source:
+        with explained(f"{source}/checkpoint.pt: missing or damaged"):
+            saved |= torch.load(Path(source, "checkpoint.pt"), map_location="cpu", weights_only=True)
+    global_step, returns = saved["global_step"], deque(saved["returns"], maxlen=100)
+    envs = make_envs(args, 1 if args.evaluate else args.num_envs, env_seed(args, "training", global_step))
+    check_envs(args, envs)
+    network = {"obs_shape": envs.single_observation_space.shape, "num_actions": int(envs.single_action_space.n)}
+    agent, generator = Agent(**network).to(device), torch.Generator(device).manual_seed(args.seed)
+    lr = torch.tensor(args.learning_rate, device=device)  # a tensor, so that graphs see it change
+    optimizer = torch.optim.Adam(agent.parameters(), lr, fused=True, capturable=cuda)
+    if source:
+        with explained(f"{source}/checkpoint.pt: not of this agent in this environment"):
+            agent.load_state_dict(saved["agent"])
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
+            lr = optimizer.param_groups[0]["lr"]
+            if saved["device"] == device.type:
+                generator.set_state(saved["generator"])
     summary = {"agent": agent_name, "env_id": args.env_id, "seed": args.seed, "device": str(device), "mode": mode}
     summary |= {"torch": torch.__version__, "num_envs": args.num_envs, "global_step": global_step}
-    agent.epsilon.fill_(args.end_e)
     if args.evaluate:
-        return summary | final_score(args, agent, device, run_dir, stop) | {"run_dir": str(run_dir)}
+        agent.epsilon.fill_(args.end_e)
+        return summary | final_score(args, agent, device, Path(source), stop) | {"run_dir": source}
 
-    def wall_seconds():
-        return checkpoint["wall_seconds"] + time.perf_counter() - started
+    def learning_rate() -> float:
+        return args.learning_rate * (1 - args.anneal_lr * global_step / args.total_timesteps)
+
+    def epsilon() -> float:
+        explored = global_step / args.total_timesteps
+        return float(np.interp(explored, (0, args.exploration_fraction), (args.start_e, args.end_e)))
 
     def save():
         state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "returns": list(returns)}
-        state |= {"generator": generator.get_state(), "device": device.type}
-        torch.save(state | {"global_step": global_step, "wall_seconds": wall_seconds()}, content := io.BytesIO())
-        write_file(run_dir / "checkpoint.pt", content.getbuffer())
+        state |= {"generator": generator.get_state(), "device": device.type, "learning_rate": lr.item()}
+        state |= {"global_step": global_step, "wall_seconds": saved["wall_seconds"] + time.perf_counter() - started}
+        torch.save(state, content := io.BytesIO())
+        write_file(run_dir / "checkpoint.pt", content.getvalue())
 
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--run-dir {run_dir}: cannot be made ({error.strerror})")
-    write_json(run_dir / "config.json", {"agent": agent_name, "args": asdict(args)})
-    write_file(run_dir / Path(__file__).name, Path(__file__).read_bytes())
-    save()
+    run_dir, lock = claim_folder(args)  # the lock is held by being kept
     if args.track:
-        import wandb
+        with explained("--track"):
+            from wandb import init
 
-        wandb.init(project="redline", name=run_dir.name, config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1, flush_secs=30)
-
-    rollout, metrics = Rollout(args, envs, device), torch.zeros(len(METRICS), device=device)
-    clock = time.perf_counter()
-    acts, learn = accelerate(mode, agent, optimizer, rollout, args, metrics)
-    compile_seconds = time.perf_counter() - clock
+            id_file, options = run_dir / "wandb_id.txt", {"config": asdict(args), "sync_tensorboard": True}
+            run_id = id_file.read_text() if id_file.exists() else None  # a resumed run goes on there, too
+            run = init(project="redline", name=run_dir.name, id=run_id, resume="allow", **options)
+            id_file.write_text(run.id)
+    config = {"agent": agent_name, "args": asdict(args), "network": network}
+    write_file(run_dir / "config.json", json.dumps(config, indent=2).encode())
+    write_file(run_dir / Path(__file__).name, Path(__file__).read_bytes())
+    if not source:
+        save()
+    rates = ("learning rate", saved["learning_rate"], learning_rate()), ("epsilon", agent.epsilon.item(), epsilon())
+    for name, old, new in rates if source else ():
+        if new > 1.01 * old:
+            change = f"the {name} rises from {old:.3g} to {new:.3g}"
+            tqdm.write(f"--total-timesteps {args.total_timesteps}: {change}", file=sys.stderr)
 
     # ---- the loop ----
-    host_obs, host_actions, host_rewards, host_terminations, host_dones = (
-        getattr(rollout, f"host_{name}").numpy() for name in ("obs", "actions", "rewards", "terminations", "dones")
-    )
-    # fast: one worker of envpool (and its allocator) beside one thread of torch, which wait for each other anyway
-    together = env_threads if len(env_threads) <= 2 and torch.get_num_threads() == 1 else set()
-    arrived = torch.cuda.Event() if device.type == "cuda" else None
-    progress = tqdm(desc=args.env_id, total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True,
-                    mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True)  # fmt: skip
+    rollout, built = Rollout(args, envs, device), time.perf_counter()
+    acts, learn = accelerate(mode, agent, optimizer, rollout, args)
+    host_obs, host_actions, host_outcomes = (x.numpy() for x in rollout.host)
     host_obs[:], _ = envs.reset()
     dones = np.zeros(args.num_envs, dtype=bool)
     running, finished = np.zeros((2, args.num_envs)), []  # returns and lengths of games under way; those of ended ones
-    first, last = math.ceil(global_step / args.batch_size) + 1, args.num_iterations
-    log_every, saved_at = max(1, last // 1000), time.perf_counter()
-    speeds = dict.fromkeys(("sps", "sps_rollout", "sps_update"))
-    for iteration in range(first, last + 1):
-        if iteration <= first + 1:  # SPS counts from the second iteration on: the first warms up what is left
-            rollout_seconds, update_seconds, loop_start, loop_step = 0.0, 0.0, time.perf_counter(), global_step
-        if args.anneal_lr:
-            lr.fill_(args.learning_rate * (1 - (iteration - 1) / last))
-        explored = (iteration - 1) / last, (0, args.exploration_fraction), (args.start_e, args.end_e)
-        agent.epsilon.fill_(np.interp(*explored))
+    iterations = (args.total_timesteps - global_step) // args.batch_size
+    saved_at, compile_seconds, speeds = time.perf_counter(), 0.0, dict.fromkeys(("sps", "sps_rollout", "sps_update"))
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1, flush_secs=30)
+    progress = tqdm(desc=args.env_id, total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True,
+                    mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True)  # fmt: skip
+    for iteration in range(iterations):
+        if iteration <= 3:  # SPS counts from the fourth iteration on: those before compile and capture
+            loop_start, loop_step, seconds = time.perf_counter(), global_step, {"sps_rollout": 0.0, "sps_update": 0.0}
+        lr.fill_(learning_rate())
+        agent.epsilon.fill_(epsilon())
         draw_noise(rollout, generator)
 
         clock = time.perf_counter()
-        with one_core(together):
-            for t, act in enumerate(acts):
-                host_dones[t] = dones
-                act()
-                if arrived:
-                    arrived.record()
-                    arrived.synchronize()  # sync: the actions have arrived in host_actions; the one wait of the loop
-                obs, rewards, terminations, truncations, infos = envs.step(host_actions)
-                host_obs[:], host_rewards[t], host_terminations[t] = obs, rewards, terminations
-                true_rewards, overs = true_game(rewards, terminations, truncations, infos)
-                running += true_rewards, ~dones
-                dones = terminations | truncations
-                if overs.any():
-                    finished += running[:, overs].T.tolist()
-                    running[:, overs] = 0
-        host_dones[-1] = dones
-        rollout_seconds += time.perf_counter() - clock
+        host_outcomes[:, 0] = host_outcomes[:, -1]
+        for t, step in enumerate(acts):
+            step()
+            wait()  # the actions have arrived in host_actions
+            obs, rewards, terminations, truncations, _ = envs.step(host_actions)
+            running += rewards, ~dones
+            dones = terminations | truncations
+            host_obs[:], host_outcomes[:, t + 1] = obs, (rewards, terminations, dones)
+            if dones.any():
+                finished += running[:, dones].T.tolist()
+                running[:, dones] = 0
+        seconds["sps_rollout"] += time.perf_counter() - clock
 
         clock = time.perf_counter()
-        learn()
-        if arrived:
-            torch.cuda.synchronize(device)  # for the clock: nothing is held up that could go on without the update
-        update_seconds += time.perf_counter() - clock
+        metrics = learn()
+        wait()
+        seconds["sps_update"] += time.perf_counter() - clock
 
         global_step += args.batch_size
         progress.update(args.batch_size)
-        stopping = iteration == last or bool(stop)
+        stopping = iteration == iterations - 1 or bool(stop)
         saving = stopping or time.perf_counter() - saved_at > 60 * args.checkpoint_minutes
-        if saving or iteration % log_every == 0:
-            losses = dict(zip(METRICS, metrics.tolist()))
-            if not all(map(math.isfinite, losses.values())):
-                progress.close()
-                writer.close()
-                fail(f"the loss is not finite any more at step {global_step}: {losses}. A lower --learning-rate may "
-                     f"help; {run_dir}/checkpoint.pt is from before", status=1)  # fmt: skip
-            seconds = time.perf_counter() - loop_start, rollout_seconds, update_seconds
-            speeds = {name: (global_step - loop_step) / s for name, s in zip(speeds, seconds)}
-            scalars = {"charts/SPS": speeds["sps"], "charts/learning_rate": lr.item()}
+        if saving or iteration % max(1, args.total_timesteps // args.batch_size // 1000) == 0:
+            scalars = {f"losses/{name}": value.item() for name, value in metrics.items()}
+            if not all(map(math.isfinite, scalars.values())):
+                raise FloatingPointError(f"the loss is not finite any more at step {global_step}: {scalars}; a lower "
+                                         "--learning-rate may help, and checkpoint.pt is from before")  # fmt: skip
+            seconds["sps"], compile_seconds = time.perf_counter() - loop_start, loop_start - built
+            speeds = {name: (global_step - loop_step) / value for name, value in seconds.items()}
+            scalars |= {"charts/SPS": speeds["sps"], "charts/learning_rate": lr.item()}
             scalars |= {"charts/epsilon": agent.epsilon.item()}
-            scalars |= {f"losses/{name}": value for name, value in losses.items()}
             if finished:
                 scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(finished, axis=0)
                 returns.extend(episode_return for episode_return, _ in finished)
                 finished.clear()
                 progress.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
-            try:
-                for tag, value in scalars.items():
-                    writer.add_scalar(tag, value, global_step)
-            except OSError as error:  # from its thread, which could not write what it was given before
-                save()
-                fail(f"cannot write the curves in {run_dir}: {error.strerror}", status=1)
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, global_step)
         if saving:
             save()
             saved_at = time.perf_counter()
@@ -747,13 +561,14 @@ def main(args: Args, stop=()) -> dict:
     progress.close()
     writer.close()
 
-    # ---- score and summary ----
     agent.epsilon.fill_(args.end_e)
     summary |= {"global_step": global_step, "train_return_mean": float(np.mean(returns)) if returns else None}
-    summary |= speeds | final_score(args, agent, device, run_dir, stop)
-    summary |= {"stopped_by": signal.Signals(stop[0]).name if stop else None, "compile_seconds": compile_seconds}
-    summary |= {"wall_seconds": wall_seconds(), "run_dir": str(run_dir)}
-    write_json(run_dir / "summary.json", summary)
+    summary |= speeds | {"compile_seconds": compile_seconds} | final_score(args, agent, device, run_dir, stop)
+    summary |= {"stopped_by": signal.Signals(stop[0]).name if stop else None, "run_dir": str(run_dir)}
+    summary["wall_seconds"] = saved["wall_seconds"] + time.perf_counter() - started
+    write_file(run_dir / "summary.json", json.dumps(summary, indent=2).encode())
+    if args.track:
+        run.finish()
     return summary
 
 
@@ -763,8 +578,11 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number) or signal.signal(number, signal.SIG_DFL))
     try:
-        result = main(parse_args(), signals)
-    except (OSError, torch.OutOfMemoryError) as error:
-        fail(str(error).splitlines()[0], status=1)
-    print(json.dumps(result))
+        print(json.dumps(main(parse_args(), signals)), flush=True)
+    except Exception as error:
+        failures = UserError, OSError, MemoryError, FloatingPointError, torch.OutOfMemoryError
+        if not isinstance(error, failures) and "can't allocate memory" not in str(error):
+            raise  # a bug: its traceback is worth reading
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        os._exit(2 if isinstance(error, UserError) else 1)  # not by way of a stdout that may be closed or full
     sys.exit(128 + signals[0] if signals else 0)

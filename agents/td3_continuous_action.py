@@ -1,30 +1,26 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "torch==2.13.0", "gymnasium[atari]==1.4.0", "envpool==1.2.5", "numpy==2.4.6", "tyro==1.0.17",
-#     "tensorboard==2.21.0", "tqdm==4.70.1", "pillow==13.0.0",
-# ]
+# dependencies = ["torch==2.13.0", "gymnasium[atari]==1.4.0", "envpool==1.2.5", "numpy==2.4.6", "tyro==1.0.17",
+#                 "tensorboard==2.21.0", "tqdm==4.70.1", "pillow==13.0.0"]
 # ///
-"""Twin delayed deep deterministic policy gradient (TD3), continuous actions, as in MuJoCo. Fujimoto et al. 2018,
-arXiv 1802.09477
+"""Twin delayed deep deterministic policy gradient (TD3), continuous actions. Fujimoto et al. 2018, arXiv 1802.09477
 
     python agents/td3_continuous_action.py --env-id HalfCheetah-v4 --seed 1
 
 Differs from the paper in
-- several environments, each with exploration noise of its own, share the replay buffer: after each of their steps
-  follow the updates that it owes, as many as for one environment, in one learning phase;
+- several environments share the replay buffer: their steps alternate with the updates that they owe, one for each;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
-- the reset row that the environments put between two episodes is never stored;
+- the reset row that the environments put between two episodes is masked out of every loss;
 - batches of 256 instead of 100, and a learning rate of 3e-4 instead of 1e-3, as the authors' later code has it.
 """
 
+import argparse
 import difflib
-import importlib.util
 import io
 import json
 import math
 import os
-import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -32,9 +28,8 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections import deque
-from collections.abc import Callable
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -42,190 +37,161 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import envpool
+import gymnasium
 import numpy as np
 import torch
-import torch.nn as nn
-import tyro
-from gymnasium.spaces import Box
-from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+import torch.nn as nn  # other packages are imported where they are used: a trained Agent loads without them
 
 
 @dataclass
 class Args:
     # ---- Run ----
-    seed: int = 1
-    """seed of the network, the sampling noise and the environments"""
-    total_timesteps: int = 1_000_000
-    """environment steps to train for, counted over all environments"""
-    device: str = "auto"
-    """auto (CUDA where there is one), cpu, cuda or cuda:N"""
-    mode: Literal["auto", "eager", "compile", "cudagraphs", "compile-cudagraphs"] = "auto"
-    """how the same functions are run; auto is the fastest measured for the device"""
-    eval_episodes: int = 20
-    """whole games played after training for the final score; 0 leaves the evaluation out"""
-    run_dir: str | None = None
-    """folder for everything that the run leaves behind; None makes one, runs/<env>__<agent>__<seed>__<time>"""
-    checkpoint_minutes: float = 5.0
-    """minutes between two checkpoints; the first is written before training and the last after it"""
-    checkpoint_buffer: bool = False
-    """save the replay buffer, too; without it, a run that is resumed fills it anew before it goes on to learn"""
-    resume: str | None = None
-    """go on with the run in this folder, under its own settings unless other flags say otherwise"""
-    evaluate: str | None = None
-    """only evaluate the checkpoint in this run folder, without training"""
-    video: bool = False
-    """also play one episode after the evaluation and save it as episode.gif"""
-    track: bool = False
-    """mirror the curves to Weights & Biases (needs the package wandb)"""
+    seed: int = 1  # seed of the network, the sampling noise and the environments
+    total_timesteps: int = 1_000_000  # environment steps to train for, counted over all environments
+    device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:N
+    mode: Literal["auto", "eager", "compile", "cudagraphs", "compile-cudagraphs"] = "auto"  # how the functions are run
+    eval_episodes: int = 20  # whole games played after training for the final score; 0 leaves the evaluation out
+    run_dir: str | None = None  # folder for all that the run leaves behind; None makes one below runs/
+    checkpoint_minutes: float = 5.0  # minutes between two checkpoints; one is written before training, one after it
+    checkpoint_buffer: Literal["auto", "always", "never"] = "auto"  # save the replay buffer, too; auto: up to 1 GiB
+    resume: str | None = None  # go on with the run in this folder, under its settings unless other flags say otherwise
+    evaluate: str | None = None  # only evaluate the checkpoint in this run folder, without training
+    video: bool = False  # also play one episode after the evaluation; episode.gif has its first 3,000 steps
+    track: bool = False  # mirror the curves to Weights & Biases (needs the package wandb)
 
     # ---- Environment ----
-    env_id: str = "HalfCheetah-v4"
-    """name of the environment in envpool"""
-    num_envs: int = 8
-    """environments stepped together"""
+    env_id: str = "HalfCheetah-v4"  # name of the environment in envpool
+    num_envs: int = 8  # environments stepped together
 
     # ---- Algorithm ----
-    buffer_size: int = 1_000_000
-    """transitions that the replay buffer holds"""
-    learning_starts: int = 25_000
-    """environment steps before the first update"""
-    utd: float = 1.0
-    """updates to data: how many updates follow each environment step, a fraction of small numbers"""
-    batch_size: int = 256
-    """transitions of one update"""
-    learning_rate: float = 3e-4
-    """Adam's learning rate at the start"""
-    anneal_lr: bool = False
-    """lower the learning rate linearly to zero over the run"""
-    gamma: float = 0.99
-    """discount factor"""
-    policy_frequency: int = 2
-    """updates of the critics for one of the policy and of all target networks; compiled in one piece, so at most 20"""
-    tau: float = 0.005
-    """how far an update of a target network moves it towards the network: 1 makes it a copy"""
-    exploration_noise: float = 0.1
-    """standard deviation of the noise on the actions in training, for actions from -1 to 1"""
-    policy_noise: float = 0.2
-    """standard deviation of the noise on the target policy's actions"""
-    noise_clip: float = 0.5
-    """largest noise on the target policy's actions"""
+    buffer_size: int = 1_000_000  # transitions that the replay buffer holds
+    learning_starts: int = 25_000  # environment steps before the first update
+    utd: float = 1.0  # updates to data: how many updates follow each environment step, a fraction of small numbers
+    batch_size: int = 256  # transitions of one update
+    learning_rate: float = 3e-4  # Adam's learning rate at the start
+    anneal_lr: bool = False  # lower the learning rate linearly to zero over the run
+    gamma: float = 0.99  # discount factor
+    policy_frequency: int = 2  # updates of the critics for one of the policy and of all target networks
+    tau: float = 0.005  # how far an update of a target network moves it towards the network: 1 makes it a copy
+    exploration_noise: float = 0.1  # standard deviation of the noise on the actions in training, which span -1 to 1
+    policy_noise: float = 0.2  # standard deviation of the noise on the target policy's actions
+    noise_clip: float = 0.5  # largest noise on the target policy's actions
 
     # ---- Speed ----
-    torch_threads: int = 0
-    """CPU threads of torch; 0 takes what was measured best for this agent"""
-    env_threads: int = 0
-    """CPU threads of envpool; 0 takes what was measured best for this agent"""
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = "fp32"
-    """arithmetic of the network: auto is tf32 on CUDA, bf16 on a CPU with AVX512-BF16 and fp32 on any other"""
+    torch_threads: int = 0  # CPU threads of torch; 0 leaves the number to torch
+    env_threads: int = 0  # CPU threads of envpool; 0 leaves the number to envpool
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "fp32"  # of the network; auto is bf16 where it is fast
 
-    @property
-    def ratio(self) -> Fraction:
-        """--utd as a fraction."""
-        return Fraction(self.utd).limit_denominator(100)
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of every environment in one iteration: the fewest that owe a whole number of the policy's updates."""
-        return (self.num_envs * self.ratio / self.policy_frequency).denominator
-
-    @property
-    def iteration_steps(self) -> int:
-        return self.num_envs * self.num_steps
-
-    @property
-    def num_updates(self) -> int:
-        """Updates in one learning phase."""
-        return int(self.iteration_steps * self.ratio)
-
-    @property
-    def num_iterations(self) -> int:
-        return self.total_timesteps // self.iteration_steps
-
-
-MANY = 2**31 - 1
-LIMITS = {  # smallest and largest value of each number
-    "seed": (0, MANY), "total_timesteps": (1, 10**15), "eval_episodes": (0, MANY), "checkpoint_minutes": (0, MANY),
-    "num_envs": (1, MANY), "buffer_size": (1, MANY), "learning_starts": (0, MANY), "utd": (0.01, 1000),
-    "batch_size": (1, MANY), "learning_rate": (0, 1), "gamma": (0, 1), "policy_frequency": (1, 20), "tau": (0, 1),
-    "exploration_noise": (0, MANY), "policy_noise": (0, MANY), "noise_clip": (0, MANY), "torch_threads": (0, 1024),
-    "env_threads": (0, 1024),
-}  # fmt: skip
-METRICS = ("q_loss", "q_values", "q_grad_norm", "policy_loss", "policy_grad_norm")
-CPU_MODE = "compile"  # of --mode auto; 1.3 times the updates of eager mode and more, and runs are long
+    def __post_init__(self):
+        """Refuse what cannot be meant: tyro prints the sentence of a ValueError and exits with status 2."""
+        gpus = torch.cuda.device_count()
+        may_be_0 = {"seed", "eval_episodes", "learning_starts", "torch_threads", "env_threads"}
+        most = {"buffer_size": 2**40, "utd": 1000, "gamma": 1, "tau": 1, "torch_threads": 1024, "env_threads": 1024}
+        for name, value in vars(self).items():
+            low, high = int(type(value) is int and name not in may_be_0), most.get(name, 2**53)
+            low = 0.01 if name == "utd" else low
+            if type(value) in (int, float) and not low <= value <= high:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
+        ratio = Fraction(self.utd).limit_denominator(100)
+        # the fewest that owe a whole number of the policy's updates
+        self.num_steps = (self.num_envs * ratio / self.policy_frequency).denominator
+        self.iteration_steps = self.num_envs * self.num_steps
+        self.num_updates = int(self.iteration_steps * ratio)
+        if self.iteration_steps > self.total_timesteps or self.learning_starts >= self.total_timesteps:
+            raise ValueError(f"an iteration of num_envs x num_steps = {self.iteration_steps} steps must fit in "
+                             f"--total-timesteps {self.total_timesteps}, and --learning-starts {self.learning_starts} "
+                             "must come before its end")  # fmt: skip
+        if self.resume and (self.evaluate or self.run_dir):
+            raise ValueError("--resume goes on in its own folder: leave out --run-dir and --evaluate")
+        devices = ["auto", "cpu", *["cuda"][:gpus], *(f"cuda:{n}" for n in range(gpus))]
+        if self.device not in devices and not self.evaluate:  # --evaluate takes what there is
+            raise ValueError(f"--device {self.device}: must be one of {', '.join(devices)} on this machine")
+        if "cudagraphs" in self.mode and (self.device == "cpu" or not gpus) and not self.evaluate:
+            raise ValueError(f"--mode {self.mode}: CUDA graphs need a CUDA device")
+        if "compile" in self.mode and not shutil.which(os.environ.get("CXX", "g++")) and not self.evaluate:
+            raise ValueError(f"--mode {self.mode}: torch.compile needs a C++ compiler, g++ or what CXX names")
 
 
-# ---- environments ----------------------------------------------------------------------------------------------------
+class UserError(Exception):
+    """What the user can put right: the program ends with this sentence, without a traceback."""
 
 
-class EnvPool:
-    """An envpool behind the `reset` and `step` of a gymnasium vector environment with next-step autoreset.
+@contextmanager
+def explained(sentence: str):
+    """Turn an error inside into a UserError of this sentence and the error's own text."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{sentence}: {' '.join(str(error).split())[:300]}") from error
 
-    The step after the end of an episode ignores its action and returns the first observation of the next one, with
-    reward 0; the observation of the ending step itself is the episode's last.
+
+# ---- environments and network ----------------------------------------------------------------------------------------
+
+
+def make_envs(args: Args, num_envs: int, seed: int, **extra):
+    """A gymnasium vector environment: observations [num_envs, features], real actions; env i has seed + i.
+
+    It resets by itself, in the step after the end of an episode ("next-step autoreset"): that step ignores its action
+    and returns the first observation of the next episode. The observation of the ending step is the episode's last.
+    envpool reports an episode that ends in its very last allowed step as truncated, not as terminated.
     """
+    import envpool
 
-    def __init__(self, pool):
-        self.pool, self.keys, self.num_envs = pool, pool._state_keys, pool.num_envs
-        self.single_observation_space = pool.single_observation_space
-        self.single_action_space = pool.single_action_space
-        self.env_ids = np.arange(self.num_envs, dtype=np.int32)
-        self.reset, self.render = pool.reset, pool.render
-
-    def step(self, actions):
-        """Take actions [num_envs, ...]; returns obs, rewards, terminations, truncations and infos, a row per env."""
-        # fast: three times envpool's own `step` for 4 CartPoles; what that spends its time on are nested dictionaries
-        self.pool._send([self.env_ids, self.env_ids, actions])
-        infos = dict(zip(self.keys, self.pool._recv()))
-        return infos["obs"], infos["reward"], infos["done"] & ~infos["trunc"], infos["trunc"], infos
+    if args.env_id not in (ids := envpool.list_all_envs()):
+        near = ", ".join(difflib.get_close_matches(args.env_id, ids, n=3, cutoff=0.4)) or "none"
+        raise UserError(f"--env-id {args.env_id}: envpool has no such environment; nearest: {near}")
+    gymnasium.logger.min_level = gymnasium.logger.ERROR  # no warnings of envpool's float64 bounds
+    with explained(f"--env-id {args.env_id}"):  # some families need more than envpool brings
+        if envpool.make_spec(args.env_id).config.max_num_players > 1:
+            raise UserError("a game of several players")
+        threads = min(args.env_threads, num_envs)
+        return envpool.make(args.env_id, "gymnasium", num_envs=num_envs, num_threads=threads, seed=seed, **extra)
 
 
-def make_envs(args: Args, num_envs: int, seed: int, render: bool = False) -> EnvPool:
-    """Environments with observations [num_envs, features] and actions [num_envs, action_dim]; env i has seed + i."""
-    warnings.filterwarnings("ignore", ".*precision lowered by casting")  # gymnasium on envpool's float64 bounds
-    spec = envpool.make_spec(args.env_id)
-    if len(spec.observation_space.shape or ()) != 1 or not isinstance(spec.action_space, Box):
-        fail(f"--env-id {args.env_id}: this agent needs vector observations and real actions, as in HalfCheetah-v4")
-    if not np.isfinite([spec.action_space.low, spec.action_space.high]).all():
-        fail(f"--env-id {args.env_id}: this agent needs bounds of the actions, and those there are infinite")
-    threads = min(num_envs, args.env_threads or cpu_cores())
-    extra = {"render_mode": "rgb_array"} if render else {}
-    return EnvPool(
-        envpool.make(args.env_id, env_type="gymnasium", num_envs=num_envs, num_threads=threads, seed=seed, **extra)
-    )
+def check_envs(args: Args, envs) -> None:
+    """Refuse environments that this agent cannot play."""
+    obs, actions, reset = envs.single_observation_space, envs.single_action_space, envs.metadata.get("autoreset_mode")
+    vectors = isinstance(obs, gymnasium.spaces.Box) and len(obs.shape) == 1
+    real = isinstance(actions, gymnasium.spaces.Box) and actions.dtype.kind == "f" and len(actions.shape) == 1
+    if not vectors or not real or reset != gymnasium.vector.AutoresetMode.NEXT_STEP:
+        raise UserError(f"--env-id {args.env_id}: this agent needs vectors as observations, vectors of real numbers as "
+                        "actions and next-step autoreset, as in HalfCheetah-v4; there are "
+                        f"{obs}, {actions}, {reset}")  # fmt: skip
+    if not np.isfinite([actions.low, actions.high]).all():
+        raise UserError(f"--env-id {args.env_id}: this agent needs bounds of the actions; there are {actions}")
 
 
-def true_game(rewards, terminations, truncations, infos):
-    """The game's own rewards [num_envs] and whether a game is over [num_envs], however training shapes them."""
-    return rewards, terminations | truncations
-
-
-# ---- network ---------------------------------------------------------------------------------------------------------
+def check_video(args: Args) -> None:
+    """Refuse --video where it cannot be drawn: without an OpenGL driver, MuJoCo ends the process that tries."""
+    draw = f"envs = envpool.make({args.env_id!r}, 'gymnasium', render_mode='rgb_array'); envs.reset(); envs.render()"
+    with tempfile.TemporaryDirectory() as folder:  # for MuJoCo's log
+        probe = subprocess.run([sys.executable, "-c", f"import envpool; {draw}"], cwd=folder, capture_output=True)
+    if probe.returncode:
+        raise UserError(f"--video: {args.env_id} cannot be drawn on this machine; MuJoCo needs an OpenGL driver, and "
+                        "where there is one, LD_PRELOAD=libEGL.so.1 in the environment of this command")  # fmt: skip
 
 
 class Actor(nn.Module):
     """A deterministic policy: two hidden layers under a head that tanh keeps within [-1, 1]."""
 
-    def __init__(self, obs_dim: int, action_dim: int, bf16: bool = False):
+    def __init__(self, obs_dim: int, action_dim: int, bf16: bool):
         super().__init__()
         self.bf16 = bf16
-        self.hidden = nn.ModuleList([nn.Linear(obs_dim, 256), nn.Linear(256, 256)])
+        self.first, self.second = nn.Linear(obs_dim, 256), nn.Linear(256, 256)
         self.head = nn.Linear(256, action_dim)
 
     def forward(self, obs):
-        """Actions [batch, action_dim] within [-1, 1] for obs [batch, features] float32."""
-        x = self.hidden[0](obs).relu()
-        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-            x = self.hidden[1](x).relu().to(obs.dtype)  # the other layers stay as they are
+        """Actions [batch, action_dim] within [-1, 1] for obs [batch, features] of any number type."""
+        x = self.first(obs.float()).relu()
+        with torch.autocast(obs.device.type, torch.bfloat16, self.bf16, cache_enabled=False):
+            x = self.second(x).relu().float()  # the other layers are always float32
         return self.head(x).tanh()
 
 
 class Critics(nn.Module):
     """Two Q-functions of two hidden layers each, side by side in batched matrices [2, inputs, outputs]."""
 
-    def __init__(self, obs_dim: int, action_dim: int, bf16: bool = False):
+    def __init__(self, obs_dim: int, action_dim: int, bf16: bool):
         super().__init__()
         self.bf16 = bf16
         sizes = obs_dim + action_dim, 256, 256, 1
@@ -233,511 +199,332 @@ class Critics(nn.Module):
         self.weights = nn.ParameterList(torch.stack([layer.weight.detach().T for layer in pair]) for pair in pairs)
         self.biases = nn.ParameterList(torch.stack([layer.bias.detach()[None] for layer in pair]) for pair in pairs)
 
-    def forward(self, obs, actions, members: int = 2):
-        """Q-values [members, batch] for obs [batch, features] and actions [batch, action_dim] within [-1, 1]."""
-        first, hidden, head = ((bias[:members], weight[:members]) for bias, weight in zip(self.biases, self.weights))
-        x = torch.cat([obs, actions], -1).expand(members, -1, -1)
-        x = (x @ first[1] + first[0]).relu()
-        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-            x = (x @ hidden[1] + hidden[0]).relu().to(obs.dtype)  # the other layers stay as they are
-        return (x * head[1].mT).sum(-1) + head[0].squeeze(-1)  # fast: a matrix product for one column is a slow one
+    def forward(self, obs, actions):
+        """Q-values [2, batch] for obs [batch, features] and actions [batch, action_dim] within [-1, 1]."""
+        x = torch.cat([obs, actions], -1).expand(2, -1, -1)
+        x = (x @ self.weights[0] + self.biases[0]).relu()
+        with torch.autocast(obs.device.type, torch.bfloat16, self.bf16, cache_enabled=False):
+            x = (x @ self.weights[1] + self.biases[1]).relu().float()  # the other layers are always float32
+        return (x * self.weights[2].mT).sum(-1) + self.biases[2].squeeze(-1)  # fast: @ is slow for a single column
 
 
 class Agent(nn.Module):
-    """The policy, the critics, and the target networks that follow them."""
+    """The policy, the critics, and the target networks that follow them.
 
-    def __init__(self, obs_shape: tuple[int, ...], action_dim: int, bf16: bool = False):
+    low, high: the smallest and the largest action that the environment takes, [action_dim] each.
+    """
+
+    def __init__(self, obs_shape: tuple[int, ...], low: list[float], high: list[float], bf16: bool = False):
         super().__init__()
-        sizes = math.prod(obs_shape), action_dim, bf16
+        sizes = math.prod(obs_shape), len(low), bf16
         self.actor, self.critics = Actor(*sizes), Critics(*sizes)
         self.target_actor = deepcopy(self.actor).requires_grad_(False)
         self.target_critics = deepcopy(self.critics).requires_grad_(False)
-        self.register_buffer("exploration_noise", torch.zeros(()), persistent=False)  # main sets it, to train
+        self.register_buffer("low", torch.tensor(low, dtype=torch.float64))  # exact for every environment
+        self.register_buffer("high", torch.tensor(high, dtype=torch.float64))
+
+    def scale(self, actions):
+        """Actions [batch, action_dim] within [-1, 1] as the environment takes them, float64; not a number means low."""
+        scaled = self.low + (self.high - self.low) * (actions + 1) / 2
+        return scaled.fmax(self.low).fmin(self.high)
+
+    def act(self, obs):
+        """The environment's own actions [batch, action_dim] float64 for obs [batch, features] of any number type."""
+        return self.scale(self.actor(obs))
 
 
 # ---- algorithm -------------------------------------------------------------------------------------------------------
 
 
-def action_bounds(envs, device: torch.device):
-    """Lowest and highest action, each [action_dim] in the floating point type that the environments take."""
-    space = envs.single_action_space
-    return torch.tensor(space.low, device=device), torch.tensor(space.high, device=device)
-
-
 class Rollout:
-    """The data of one iteration, allocated once and only ever written in place: captured graphs know its addresses.
+    """The data of one iteration, allocated once and only ever written in place: CUDA graphs know its addresses.
 
-    Rows are time, columns environments. `host_*` are the ends that numpy and envpool touch: pinned memory where the
-    device is a GPU, the very same tensors as their twins where it is the CPU.
+    `outcomes` are rewards, terminations and dones: what the last actions led to, as obs are. numpy and envpool touch
+    `host_*`, which is pinned memory where the device is a GPU. The noise has a row for each step or each update.
     """
 
     def __init__(self, args: Args, envs, device: torch.device):
-        def twins(*shape, dtype=torch.float32):
-            host = torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
-            return host, host.to(device)
+        def host(*shape, dtype=torch.float32):
+            return torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
-        T, N = args.num_steps, args.num_envs
-        obs_shape, action_shape = envs.single_observation_space.shape, envs.single_action_space.shape
-        self.bounds = action_bounds(envs, device)
-        # obs[t] came with dones[t]; actions[t], taken there, brought rewards[t] and terminations[t]
-        self.obs = torch.zeros(T + 1, N, *obs_shape, device=device)
-        self.actions = torch.zeros(T, N, *action_shape, device=device)
-        self.noise = torch.zeros(T, N, *action_shape, device=device)
-        self.random = torch.zeros(args.num_updates * args.batch_size, dtype=torch.int64, device=device)
-        self.update_noise = torch.zeros(len(self.random), *action_shape, device=device)
+        T, N, actions = args.num_steps, args.num_envs, envs.single_action_space
+        dtype = torch.float64 if actions.dtype == np.float64 else torch.float32
+        self.host = host(N, *envs.single_observation_space.shape), host(N, *actions.shape, dtype=dtype), host(3, N)
+        self.host_obs, self.host_actions, self.host_outcomes = self.host
+        self.obs, self.outcomes = self.host_obs.to(device), self.host_outcomes.to(device)  # on a CPU the very same
+        self.actions = torch.zeros(N, *actions.shape, device=device)  # within [-1, 1]
         self.exploring = torch.zeros((), dtype=torch.bool, device=device)  # until learning starts
-        self.host_rewards, self.rewards = twins(T, N)
-        self.host_terminations, self.terminations = twins(T, N)
-        self.host_dones, self.dones = twins(T + 1, N)
-        self.host_obs = twins(N, *obs_shape)[0]  # the newest observations and the answer to them
-        self.host_actions = twins(N, *action_shape, dtype=self.bounds[0].dtype)[0]
+        self.noise = torch.zeros(T, N, *actions.shape, device=device)
+        self.random = torch.zeros(args.num_updates * args.batch_size, dtype=torch.int64, device=device)
+        self.update_noise = torch.zeros(len(self.random), *actions.shape, device=device)
 
 
 class Replay(nn.Module):
-    """The latest `size` transitions, on the device and allocated once: rings with rows like those of the rollout.
+    """The latest steps of all environments, on the device and allocated once: rings of rows [num_rows, num_envs, ...].
 
-    A ring is [size + 1, ...]: its last row is never drawn from and takes what is not to be kept.
+    Row t has obs[t] and actions[t], taken there; what they led to is in row t + 1: its rewards, terminations and obs.
+    dones[t] is 1 where obs[t] is the last of its episode: the action there did nothing, and is no valid transition.
     """
 
-    def __init__(self, size: int, rollout: Rollout, device: torch.device):
+    def __init__(self, args: Args, rollout: Rollout, device: torch.device):
         super().__init__()
-        self.size = size
-        rows = {"obs": rollout.obs, "actions": rollout.actions, "rewards": rollout.rewards}
-        rows |= {"terminations": rollout.terminations, "next_obs": rollout.obs}
-        for name, x in rows.items():
-            self.register_buffer(name, torch.zeros(size + 1, *x.shape[2:], dtype=x.dtype, device=device))
-        self.register_buffer("stored", torch.zeros((), dtype=torch.int64, device=device))  # transitions, ever
+        self.num_envs, self.num_rows = args.num_envs, math.ceil(args.buffer_size / args.num_envs) + 1
+        columns = {"obs": rollout.obs, "actions": rollout.actions}  # [num_envs, ...], like the outcomes
+        columns |= zip(("rewards", "terminations", "dones"), rollout.outcomes)
+        for name, x in columns.items():
+            self.register_buffer(name, torch.zeros(self.num_rows, *x.shape, dtype=x.dtype, device=device))
+        self.register_buffer("row", torch.tensor(-1, device=device))  # where the newest observation is
+        self.register_buffer("complete", torch.tensor(-1, device=device))  # rows that have the next one after them
 
-    def rings(self) -> tuple:
-        return self.obs, self.actions, self.rewards, self.terminations, self.next_obs
+    def store(self, obs, outcomes) -> None:
+        """Begin a row: the newest obs [num_envs, ...] and the outcomes [3, num_envs] of the actions of the last row."""
+        self.row.add_(1).remainder_(self.num_rows)
+        self.complete.add_(1).clamp_(max=self.num_rows - 1)
+        for ring, x in zip((self.obs, self.rewards, self.terminations, self.dones), (obs, *outcomes)):
+            ring.index_copy_(0, self.row, x[None])
 
-    def store(self, transitions, valid) -> None:
-        """Add transitions, tensors [batch, ...] like the rings, where `valid` [batch] bool is true, in their order."""
-        numbers = self.stored + valid.cumsum(0)
-        rows = torch.where(valid, (numbers - 1) % self.size, self.size)
-        for ring, values in zip(self.rings(), transitions):
-            ring.index_copy_(0, rows, values)
-        self.stored.copy_(numbers[-1])
+    def remember(self, actions) -> None:
+        """Store the actions [num_envs, ...] taken at the newest observations."""
+        self.actions.index_copy_(0, self.row, actions[None])
 
     def sample(self, random) -> list:
-        """Transitions, tensors [batch, ...] like the rings: any of those held, by random [batch] int64 from 0 on."""
-        rows = random % self.stored.clamp(1, self.size)
-        return [ring[rows] for ring in self.rings()]
+        """Any of the complete transitions, by random [batch] int64 from 0 on, each [batch, ...]: obs, actions, rewards,
+        terminations, next_obs, and valid, which is 1 in transitions that count and 0 in others.
+        """
+        number = random % (self.complete.clamp(min=1) * self.num_envs)
+        env, row = number % self.num_envs, (self.row - 1 - number // self.num_envs) % self.num_rows
+
+        def take(ring, row):
+            return ring.flatten(0, 1).index_select(0, row * self.num_envs + env)
+
+        after = (row + 1) % self.num_rows
+        result = [take(self.obs, row), take(self.actions, row), take(self.rewards, after)]
+        return result + [take(self.terminations, after), take(self.obs, after), 1 - take(self.dones, row)]
 
 
 def draw_noise(rollout: Rollout, generator: torch.Generator) -> None:
-    """Draw all the randomness of one iteration: Gaussian noise for its actions and its updates, numbers for what those
-    replay.
-
-    Drawn here, outside everything compiled or captured, it is the same in every mode, and no graph can freeze it.
-    """
+    """Draw all the randomness of one iteration, outside all that is compiled or captured: no graph can freeze it."""
     rollout.noise.normal_(generator=generator)
     rollout.update_noise.normal_(generator=generator)
     rollout.random.random_(generator=generator)
 
 
-def sample_actions(agent: Agent, obs, noise, exploring, low, high):
-    """Actions [num_envs, action_dim] within [-1, 1], of the policy with noise or, if `exploring`, uniformly random, and
-    the same scaled to [low, high]: `low` where they are not a number, which never reaches an environment.
-    """
+def sample_actions(agent: Agent, args: Args, obs, noise, exploring):
+    """Actions [num_envs, action_dim] within [-1, 1], of the policy with noise or, if `exploring`, uniformly random."""
     uniform = (noise * 0.5**0.5).erf()  # the Gaussian's distribution function, from -1 to 1
-    noisy = (agent.actor(obs) + agent.exploration_noise * noise).clamp(-1, 1)
-    actions = torch.where(exploring, uniform, noisy)
-    return actions, (0.5 * (high + low) + 0.5 * (high - low) * actions).fmax(low).fmin(high)
+    return torch.where(exploring, uniform, (agent.actor(obs) + args.exploration_noise * noise).clamp(-1, 1))
 
 
 @torch.no_grad()
-def act_step(
-    agent: Agent, host_obs, exploring, bounds, host_actions, obs, noise, actions, sample_actions=sample_actions
-) -> None:
-    """One step of acting: host_obs into the rollout's row `obs`, actions for it into `actions` and host_actions."""
-    obs.copy_(host_obs, non_blocking=True)
-    drawn, scaled = sample_actions(agent, obs, noise, exploring, *bounds)
-    actions.copy_(drawn)
-    host_actions.copy_(scaled, non_blocking=True)
+def act(sample_actions, agent: Agent, args: Args, replay: Replay, rollout: Rollout, t: int) -> None:
+    """Step t of acting: what the last step led to into the replay buffer, and new actions back to the host."""
+    rollout.obs.copy_(rollout.host_obs, non_blocking=True)
+    rollout.outcomes.copy_(rollout.host_outcomes, non_blocking=True)
+    replay.store(rollout.obs, rollout.outcomes)
+    rollout.actions.copy_(sample_actions(agent, args, rollout.obs, rollout.noise[t], rollout.exploring))
+    replay.remember(rollout.actions)
+    rollout.host_actions.copy_(agent.scale(rollout.actions), non_blocking=True)
 
 
-@torch.no_grad()
-def collect(replay: Replay, rollout: Rollout) -> None:
-    """Bring what the environments answered onto the device, and the iteration's transitions into the replay buffer."""
-    rollout.obs[-1].copy_(rollout.host_obs, non_blocking=True)
-    rollout.rewards.copy_(rollout.host_rewards, non_blocking=True)
-    rollout.terminations.copy_(rollout.host_terminations, non_blocking=True)
-    rollout.dones.copy_(rollout.host_dones, non_blocking=True)
+def td3_critic_loss(agent: Agent, args: Args, obs, actions, rewards, terminations, next_obs, valid, noise):
+    """The critics' loss (Fujimoto et al. 2018, algorithm 1) on a minibatch, and numbers to log.
 
-    obs, next_obs = rollout.obs[:-1], rollout.obs[1:]
-    transitions = obs, rollout.actions, rollout.rewards, rollout.terminations, next_obs
-    valid = rollout.dones[:-1] == 0  # the action of a reset row did nothing
-    replay.store([x.flatten(0, 1) for x in transitions], valid.flatten())
-
-
-def td3_critic_loss(agent: Agent, args: Args, obs, actions, rewards, terminations, next_obs, noise):
-    """The critics' loss (Fujimoto et al. 2018, algorithm 1), half the mean squared error of each against the same
-    target, over a minibatch, each argument [batch_size, ...], and its first 2 METRICS.
+    Every argument is [batch_size, ...]; `valid` is 1 in transitions that count and 0 in others.
     """
+    weights = valid / valid.sum().clamp(min=1)
     with torch.no_grad():
         smoothing = (args.policy_noise * noise).clamp(-args.noise_clip, args.noise_clip)
         next_actions = (agent.target_actor(next_obs) + smoothing).clamp(-1, 1)
         next_values = agent.target_critics(next_obs, next_actions).amin(0)
         targets = rewards + args.gamma * (1 - terminations) * next_values
     q_values = agent.critics(obs, actions)
-    loss = 0.5 * (q_values - targets).square().mean(-1).sum()
-    # stacked anew: torch.compile loses the gradient of a view of what is returned detached, too (pytorch#195357)
-    return loss, torch.stack([loss, q_values.mean()]).detach()
+    loss = 0.5 * ((q_values - targets).square() @ weights).sum()
+    return loss, {"q_loss": loss, "q_values": (q_values @ weights).mean()}
 
 
-def td3_policy_loss(agent: Agent, obs):
-    """The policy's loss, the value that the first critic expects of it at obs [batch_size, features], negated."""
-    loss = -agent.critics(obs, agent.actor(obs), members=1).mean()
-    return loss, torch.stack([loss]).detach()
+def td3_policy_loss(agent: Agent, obs, valid):
+    """The policy's loss, the value that the first critic expects of it, negated.
 
-
-def gradients(loss_fn: Callable, params: tuple, max_grad_norm: float, *inputs):
-    """Of the loss that loss_fn(*inputs) returns with its metrics: the gradient for each of `params`, all together cut
-    to a norm of max_grad_norm, and the metrics with the norm before the cut appended.
+    Every argument is [batch_size, ...]; `valid` is 1 in transitions that count and 0 in others.
     """
+    weights = valid / valid.sum().clamp(min=1)
+    loss = -agent.critics(obs, agent.actor(obs))[0] @ weights
+    return loss, {"policy_loss": loss}
+
+
+def gradients(loss_fn, params: list, *inputs) -> tuple[list, dict]:
+    """Gradients of the loss that loss_fn(*inputs) returns, one for each of `params`, and its numbers to log."""
     loss, metrics = loss_fn(*inputs)
     grads = torch.autograd.grad(loss, params)
-    grad_norm = torch.stack([grad.norm() for grad in grads]).norm()
-    scale = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
-    # each with the strides of its parameter: a fused optimizer takes the two for alike without looking
-    grads = [torch.empty_like(param).copy_(grad * scale) for grad, param in zip(grads, params)]
-    return grads, torch.cat([metrics, grad_norm[None]])
+    # a fused optimizer takes for granted that a gradient lies in memory as its parameter does
+    grads = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for g, p in zip(grads, params)]
+    return grads, {name: value.detach() for name, value in metrics.items()}
 
 
-def step_optimizer(optimizer, params: tuple, grads) -> None:
-    """One step of the optimizer for `params` alone, with a gradient for each of them."""
-    for param, grad in zip(params, grads):
-        param.grad = grad
-    optimizer.step()
-    for param in params:
-        param.grad = None
+def update(agent: Agent, optimizers, replay: Replay, rollout: Rollout, args: Args, gradients=gradients) -> dict:
+    """The learning phase: the updates that one iteration owes; returns the means of the metrics."""
+    q_params, policy_params = list(agent.critics.parameters()), list(agent.actor.parameters())
+    targets = [*agent.target_critics.parameters(), *agent.target_actor.parameters()]
+    q_optimizer, policy_optimizer = optimizers
+    draws, logged = [*replay.sample(rollout.random), rollout.update_noise], []  # fast: transitions of all updates
+    for number, (*batch, noise) in enumerate(zip(*(x.split(args.batch_size) for x in draws)), start=1):
+        grads, metrics = gradients(td3_critic_loss, q_params, agent, args, *batch, noise)
+        for param, grad in zip(q_params, grads):
+            param.grad = grad
+        q_optimizer.step()
+        logged.append(metrics)
+        if number % args.policy_frequency:
+            continue
 
+        obs, *_, valid = batch
+        grads, policy_metrics = gradients(td3_policy_loss, policy_params, agent, obs, valid)
+        for param, grad in zip(policy_params, grads):
+            param.grad = grad
+        policy_optimizer.step()
 
-def spell_out(optimizer) -> None:
-    """Add what step_adam needs to the state of an Adam: for each parameter, its two betas to the power of its steps.
-
-    ValueError for what step_adam would leave out, so that a changed optimizer trains as in eager mode or not at all.
-    """
-    for group in optimizer.param_groups:
-        if group["weight_decay"] or group["amsgrad"] or group["maximize"]:
-            raise ValueError("step_adam is Adam without weight decay, amsgrad and maximize: add there what you need")
-        for param in group["params"]:
-            state = optimizer.state[param]
-            state["powers"] = torch.tensor(group["betas"], device=param.device) ** state["step"].to(param.device)
-
-
-@torch.no_grad()
-def step_adam(optimizer, params: tuple, grads) -> None:
-    """step_optimizer for an Adam after spell_out, written out (Kingma and Ba 2015, arXiv 1412.6980, algorithm 1).
-
-    Of this torch.compile makes one loop with the clipping before it and the target network after it. The powers are
-    kept, since it would raise betas to a power anew for every few elements.
-    """
-    groups = {param: group for group in optimizer.param_groups for param in group["params"]}
-    for param, grad in zip(params, grads):
-        state, group = optimizer.state[param], groups[param]
-        (beta1, beta2), powers, mean, square = group["betas"], state["powers"], state["exp_avg"], state["exp_avg_sq"]
-        state["step"] += 1
-        powers *= torch.tensor([beta1, beta2])
-        mean.lerp_(grad, 1 - beta1)
-        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        correction1, correction2 = (1 - powers).unbind()
-        param.sub_(group["lr"] / correction1 * mean / (square.sqrt() / correction2.sqrt() + group["eps"]))
+        with torch.no_grad():
+            # fast: target.lerp_(param, tau) for all in one call
+            torch._foreach_lerp_(targets, [*q_params, *policy_params], args.tau)
+        metrics |= policy_metrics
+    return {name: torch.stack([metrics[name] for metrics in logged if name in metrics]).mean() for name in logged[-1]}
 
 
 @torch.no_grad()
-def follow(targets: nn.Module, network: nn.Module, tau: float) -> None:
-    """Move the parameters of a target network by tau towards those of the network."""
-    for target, param in zip(targets.parameters(), network.parameters()):
-        target.lerp_(param, tau)
+def evaluate(agent: Agent, envs, stop=(), frames=None) -> list[float]:
+    """True returns of one whole game in each environment, without the noise of training; fewer after a `stop`.
 
-
-def train_step(agent: Agent, optimizer, replay: Replay, random, noise, args: Args, gradients, step_optimizer):
-    """policy_frequency updates of the critics, each by its share of random [policy_frequency * batch_size] and of as
-    much noise [..., action_dim], then one of the policy and of all target networks; the sums of METRICS.
+    `frames`, a list, gets the first 1,000 pictures [height, width, 3] uint8 of the first environment.
     """
-    q_params, policy_params = tuple(agent.critics.parameters()), tuple(agent.actor.parameters())
-    q_sums = 0
-    for draw, smoothing in zip(random.split(args.batch_size), noise.split(args.batch_size)):
-        minibatch = replay.sample(draw)
-        grads, q_metrics = gradients(td3_critic_loss, q_params, math.inf, agent, args, *minibatch, smoothing)
-        step_optimizer(optimizer, q_params, grads)
-        q_sums = q_sums + q_metrics
-    grads, policy_metrics = gradients(td3_policy_loss, policy_params, math.inf, agent, minibatch[0])
-    step_optimizer(optimizer, policy_params, grads)
-    follow(agent.target_actor, agent.actor, args.tau)
-    follow(agent.target_critics, agent.critics, args.tau)
-    return torch.cat([q_sums, policy_metrics * args.policy_frequency])  # one counts for as many as those of the critics
-
-
-def update(agent: Agent, optimizer, replay: Replay, rollout: Rollout, args: Args, metrics, train_step) -> None:
-    """The learning phase: the updates that an iteration owes; `metrics` gets the means of METRICS."""
-    metrics.zero_()
-    size = args.policy_frequency * args.batch_size
-    for random, noise in zip(rollout.random.split(size), rollout.update_noise.split(size)):
-        metrics += train_step(agent, optimizer, replay, random, noise, args)
-    metrics /= args.num_updates
-
-
-@torch.no_grad()
-def evaluate(agent: Agent, envs, episodes: int, generator: torch.Generator, stop=(), frames=None) -> list[float]:
-    """True returns of `episodes` whole games, played without the noise of training; fewer after a `stop`.
-
-    Each environment plays a share of the games fixed beforehand: first come, first counted would favour short games.
-    `frames`, a list, gets the pictures [height, width, 3] uint8 of the first environment.
-    """
-    share = np.array([episodes // envs.num_envs + (n < episodes % envs.num_envs) for n in range(envs.num_envs)])
-    running, returns = np.zeros(envs.num_envs), []
-    exploring = torch.zeros((), dtype=torch.bool, device=generator.device)
-    bounds = action_bounds(envs, generator.device)
+    returns, playing = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
     obs, _ = envs.reset()
-    while share.any():
-        if frames is not None:
+    while playing.any() and not stop:
+        if frames is not None and len(frames) < 1000:
             frames.append(envs.render()[0])
-        if stop:
-            break
-        obs = torch.from_numpy(obs).to(generator.device, torch.float32)
-        noise = torch.randn(len(obs), len(bounds[0]), generator=generator, device=generator.device)
-        obs, *results = envs.step(sample_actions(agent, obs, noise, exploring, *bounds)[1].cpu().numpy())
-        rewards, overs = true_game(*results)
-        running += rewards
-        for n in np.flatnonzero(overs):
-            if share[n]:
-                returns.append(float(running[n]))
-                share[n] -= 1
-            running[n] = 0
-    return returns
+        actions = agent.act(torch.as_tensor(obs, device=agent.low.device))
+        actions = actions.cpu().numpy().astype(envs.single_action_space.dtype)
+        obs, rewards, terminations, truncations, _ = envs.step(actions)
+        returns += rewards * playing
+        playing &= ~(terminations | truncations)
+    return returns[~playing].tolist()
 
 
-# ---- speed -----------------------------------------------------------------------------------------------------------
+# ---- speed: every mode runs the functions above ----------------------------------------------------------------------
 
 
-def cpu_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+class CudaGraph:
+    """A step that runs as it is twice, is recorded as a CUDA graph in its third call, and is replayed from then on.
 
-
-def warm_up(step, state) -> None:
-    """Call `step` until all is compiled, tuned and allocated, then put back every tensor that `state()` lists."""
-    before = {id(x): x.clone() for x in state()}
-    for _ in range(3):
-        step()
-    with torch.no_grad():
-        for x in state():  # what only the warm-up brought into being is optimizer state, which starts at zero
-            x.copy_(before[id(x)]) if id(x) in before else x.zero_()
-
-
-def capture(steps, state) -> list:
-    """Record a call of each of `steps`, alike but for their arguments, as a CUDA graph; returns their replays.
-
-    The contract of a step: fixed shapes, no branch of the host on a tensor, no allocation of pinned memory, and
-    everything that outlives the call is changed in place. What varies between calls is read from tensors.
-    The graphs share their scratch memory, so they are to be replayed in the order of `steps`.
+    Recorded are kernels and addresses: shapes must not change, no Python branch may depend on the value of a tensor,
+    and what varies between calls or outlives them is read and written in place, in tensors made elsewhere.
     """
-    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        warm_up(steps[0], state)
-    torch.cuda.current_stream().wait_stream(stream)
-    graphs = [torch.cuda.CUDAGraph() for _ in steps]
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for graph, step in zip(graphs, steps):
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
-                step()
-    return [graph.replay for graph in graphs]
+
+    def __init__(self, step, pool):
+        self.step, self.pool, self.calls, self.graph = step, pool, 0, torch.cuda.CUDAGraph()
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls < 3:
+            return self.step()
+        if self.calls == 3:
+            with torch.cuda.graph(self.graph, pool=self.pool, stream=torch.cuda.current_stream()):
+                self.result = self.step()
+        self.graph.replay()
+        return self.result
 
 
-def accelerate(mode: str, agent: Agent, optimizer, replay: Replay, rollout: Rollout, args: Args, metrics) -> tuple:
-    """The steps of acting, one for each row of the rollout, the filling of the replay buffer, and the learning phase,
-    bound to their tensors.
-
-    Every mode runs the same functions: leave out all that follows an `if`, and eager mode remains.
-    """
-    sample_fn, train_fn = sample_actions, partial(train_step, gradients=gradients, step_optimizer=step_optimizer)
-    learn = partial(update, agent, optimizer, replay, rollout, args, metrics)
-
-    def trained():
-        states = [x for state in optimizer.state.values() for x in state.values()]
-        return [*agent.parameters(), *agent.buffers(), *states]
-
+def accelerate(mode: str, agent: Agent, optimizers, replay: Replay, rollout: Rollout, args: Args) -> tuple:
+    """The steps of acting, one for each row of the noise, and the learning phase."""
+    sample_fn, gradients_fn = sample_actions, gradients
     if "compile" in mode:
-        torch._dynamo.config.trace_autograd_ops = True
-        compiled = partial(torch.compile, fullgraph=True, dynamic=False)
-        if metrics.is_cuda:
-            sample_fn, train_fn = compiled(sample_actions), partial(train_fn, gradients=compiled(gradients))
-        else:  # fast: all in one piece; on a CPU, to call the small policy compiled costs more than it saves
-            warm_up(partial(learn, train_fn), state=trained)  # makes the optimizer's state, which step_adam needs
-            spell_out(optimizer)
-            train_fn = compiled(partial(train_fn, step_optimizer=step_adam), options={"cpp_wrapper": True})
-
-    rows = zip(rollout.obs, rollout.noise, rollout.actions)
-    ends = rollout.host_obs, rollout.exploring, rollout.bounds, rollout.host_actions
-    acts = [partial(act_step, agent, *ends, *row, sample_fn) for row in rows]
-    store, learn = partial(collect, replay, rollout), partial(learn, train_fn)
-
-    if mode == "compile":
-        warm_up(acts[0], state=list)
-        warm_up(learn, state=trained)
+        torch._dynamo.config.trace_autograd_ops = True  # fast: loss and gradients in one piece
+        gradients_fn = torch.compile(gradients, fullgraph=True, dynamic=False)
+        if rollout.obs.is_cuda:  # on a CPU, calling a compiled policy costs more than it saves
+            sample_fn = torch.compile(sample_actions, fullgraph=True, dynamic=False)
+    acts = [partial(act, sample_fn, agent, args, replay, rollout, t) for t in range(args.num_steps)]
+    learn = partial(update, agent, optimizers, replay, rollout, args, gradients_fn)
     if "cudagraphs" in mode:
-        store = capture([store], state=lambda: [replay.stored])[0]
-        return capture(acts, state=list), store, capture([learn], state=trained)[0]
-    return acts, store, learn
+        pool = torch.cuda.graph_pool_handle()  # one for all steps of acting, which are always replayed in this order
+        acts, learn = [CudaGraph(step, pool) for step in acts], CudaGraph(learn, torch.cuda.graph_pool_handle())
+    return acts, learn
 
 
-# ---- command line and run folder -------------------------------------------------------------------------------------
-
-
-def fail(message: str, status: int = 2):
-    """End the process with one sentence on stderr: status 2 for bad input, 1 for a failure while running."""
-    tqdm.write(f"error: {message}", file=sys.stderr)  # which first clears a progress bar away
-    sys.exit(status)
+# ---- running ---------------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Read the command line; with --resume or --evaluate, the settings of that run are the defaults."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
-    run_dir, flag = args.resume or args.evaluate, "--resume" if args.resume else "--evaluate"
-    if run_dir is None:
-        return args
-    try:
-        saved = json.loads((Path(run_dir) / "config.json").read_text())
-        if saved["agent"] != Path(__file__).stem:
-            fail(f"{flag} {run_dir}: that is a run of {saved['agent']}, this is {Path(__file__).stem}")
-        defaults = Args(**saved["args"] | {"run_dir": run_dir, "resume": None, "evaluate": None})
-    except FileNotFoundError:
-        fail(f"{flag} {run_dir}: no run is there, its config.json is missing")
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        fail(f"{flag} {run_dir}: this agent cannot use its config.json ({error})")
-    return tyro.cli(Args, args=argv, description=__doc__, default=defaults)
+    """Read the command line; behind --resume or --evaluate stand the settings of that run, and other flags win."""
+    import tyro
+
+    argv = sys.argv[1:] if argv is None else argv
+    parser, flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False), []
+    parser.add_argument("--resume", "--evaluate", dest="source")
+    if source := parser.parse_known_args(argv)[0].source:
+        with explained(f"{source}: no run of {Path(__file__).stem}"):
+            config = json.loads(Path(source, "config.json").read_text())
+            if config["agent"] != Path(__file__).stem:
+                raise UserError(f"but one of {config['agent']}")
+            for name, value in config["args"].items():
+                if name not in ("run_dir", "resume", "evaluate") and value is not None:
+                    on, off = (f"--{prefix}{name.replace('_', '-')}" for prefix in ("", "no-"))
+                    flags.append(on if value is True else off if value is False else f"{on}={value}")
+    return tyro.cli(Args, args=[*flags, *argv], description=__doc__)
 
 
-def check_sizes(args: Args) -> None:
-    """End with a sentence if sizes do not fit together."""
-    size = f"one iteration, num_envs x num_steps = {args.num_envs} x {args.num_steps} steps"
-    if args.total_timesteps < args.iteration_steps:
-        fail(f"--total-timesteps {args.total_timesteps}: less than {size}")
-    if args.buffer_size < args.iteration_steps:
-        fail(f"--buffer-size {args.buffer_size}: holds less than {size}")
-    if args.learning_starts >= args.total_timesteps:
-        fail(f"--learning-starts {args.learning_starts}: must come before the end, --total-timesteps")
+def claim_folder(args: Args) -> tuple[Path, object]:
+    """The folder of this run, made if it is new, and a lock that this process holds until it ends: no two share one."""
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
+    with explained(f"--{'resume' if args.resume else 'run-dir'} {run_dir}: not an empty folder, or one in use"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not args.resume and {path.name for path in run_dir.iterdir()} - {".lock"}:
+            raise UserError("to go on with a run, name it with --resume")
+        lock = open(run_dir / ".lock", "w")
+        if os.name == "posix":  # Windows has no fcntl
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return run_dir, lock
 
 
-def check_args(args: Args) -> tuple[torch.device, str]:
-    """The device and the mode to use; ends with a sentence about the first flag that cannot be meant."""
-    if args.env_id not in (ids := envpool.list_all_envs()):
-        near = ", ".join(difflib.get_close_matches(args.env_id, ids, n=3, cutoff=0.4)) or "none"
-        fail(f"--env-id {args.env_id}: envpool has no such environment; nearest: {near}")
-    for name, (low, high) in LIMITS.items():
-        if not low <= getattr(args, name) <= high:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie between {low} and {high}")
-    if args.resume and args.evaluate:
-        fail("--evaluate: cannot be combined with --resume")
-    if args.resume and args.run_dir not in (None, args.resume):
-        fail(f"--run-dir {args.run_dir}: a run that goes on by --resume stays in its folder")
-    check_sizes(args)
-    if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", args.device):
-        fail(f"--device {args.device}: must be auto, cpu, cuda or cuda:N")
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    device = torch.device("cuda:0" if name == "cuda" else name)
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        fail(f"--device {args.device}: torch can use {torch.cuda.device_count()} CUDA devices on this machine")
-    fastest = "compile-cudagraphs" if device.type == "cuda" else CPU_MODE
-    if not shutil.which(os.environ.get("CXX", "g++")):  # torch.compile needs it, on a GPU too
-        fastest = "cudagraphs" if device.type == "cuda" else "eager"
-    mode = fastest if args.mode == "auto" else args.mode
-    if "cudagraphs" in mode and device.type != "cuda":
-        fail(f"--mode {mode}: CUDA graphs need a CUDA device, and --device is {device}")
-    if args.track and not importlib.util.find_spec("wandb"):
-        fail("--track: needs the package wandb, which is not installed")
-    return device, mode
-
-
-def check_video(args: Args) -> None:
-    """End with a sentence if pictures of the environment cannot be drawn: MuJoCo kills the process that then tries."""
-    draw = f"envs = envpool.make({args.env_id!r}, 'gymnasium', render_mode='rgb_array'); envs.reset(); envs.render()"
-    with tempfile.TemporaryDirectory() as folder:  # for MuJoCo's log
-        probe = subprocess.run([sys.executable, "-c", f"import envpool; {draw}"], cwd=folder, capture_output=True)
-    if probe.returncode:
-        fail(f"--video: {args.env_id} cannot be drawn on this machine; MuJoCo needs an OpenGL driver, and where there "
-             "is one, LD_PRELOAD=libEGL.so.1 in the environment of this command")  # fmt: skip
+def env_seed(args: Args, purpose: Literal["training", "evaluation", "film"], global_step: int = 0) -> int:
+    """Seed of the first of some environments, below 2**31: far from those of other purposes, runs and resumptions."""
+    part = ("training", "evaluation", "film").index(purpose)
+    return part * 2**29 + int(np.random.SeedSequence([args.seed, part, global_step]).generate_state(1)[0]) % 2**28
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: aside, flushed, then renamed over the old one."""
-    aside = path.with_name(path.name + ".tmp")
+    """Write a file whole or not at all, whatever ends this process meanwhile: aside, then renamed over the old one."""
+    aside = path.with_suffix(".tmp")
     try:
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        aside.write_bytes(content)
         os.replace(aside, path)
-    except OSError as error:
+    finally:
         aside.unlink(missing_ok=True)
-        fail(f"cannot write {path}: {error.strerror}; what was saved before is untouched", status=1)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write `content` as indented JSON, whole or not at all."""
-    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def load_checkpoint(run_dir: Path, flag: str) -> dict:
-    """Read a run's checkpoint.pt into the host's memory; `flag` is the one that asked for it."""
-    try:
-        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-        return checkpoint | {"global_step": int(checkpoint["global_step"]), "returns": list(checkpoint["returns"])}
-    except FileNotFoundError:
-        fail(f"{flag} {run_dir}: that run ended before its first checkpoint")
-    except Exception:  # torch.load raises whatever the bytes lead it into
-        fail(f"{flag} {run_dir}: its checkpoint.pt is damaged, or not a checkpoint")
-
-
-def restore(checkpoint: dict, flag: str, agent: nn.Module, optimizer, generator: torch.Generator) -> None:
-    """Put parameters, optimizer state and the random number generator back to where a checkpoint left them."""
-    try:
-        agent.load_state_dict(checkpoint["agent"])
-        for group, saved in zip(optimizer.param_groups, checkpoint["optimizer"]["param_groups"], strict=True):
-            saved.update(group, params=saved["params"])  # lr, capturable, ...: of this device, not the checkpoint
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["device"] == generator.device.type:
-            generator.set_state(checkpoint["generator"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        fail(f"{flag}: the checkpoint there is not one of this agent on this environment ({reason})")
 
 
 def check_memory(args: Args, needed: int, device: torch.device) -> None:
-    """Say how many bytes the replay buffer takes; end with a sentence if the device has not that much memory left."""
+    """Refuse a replay buffer of `needed` bytes where the device has not so many free."""
     free, meminfo = math.inf, Path("/proc/meminfo")
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     elif meminfo.exists():  # on Linux; elsewhere an allocation that fails has to do
-        free = int(re.search(r"MemAvailable: *(\d+) kB", meminfo.read_text())[1]) * 2**10
+        free = 1024 * int(dict(line.split(":") for line in meminfo.open())["MemAvailable"].split()[0])
     if needed > 0.9 * free:  # the rest is for all else
-        fits = int(args.buffer_size * 0.89 * free / needed)
-        fail(f"--buffer-size {args.buffer_size}: takes {needed / 2**30:.1f} GiB, and {device} has {free / 2**30:.1f} "
-             f"GiB free; {fits} would fit")  # fmt: skip
-    tqdm.write(f"replay buffer: {needed / 2**30:.2f} GiB on {device}", file=sys.stderr)
-
-
-def restore_replay(checkpoint: dict, flag: str, replay: nn.Module) -> None:
-    """Put the transitions of a checkpoint back into the replay buffer."""
-    try:
-        replay.load_state_dict(checkpoint["replay"])
-    except RuntimeError as error:
-        fail(f"{flag}: the replay buffer saved there has another size ({' '.join(str(error).split())[:200]})")
+        raise UserError(f"--buffer-size {args.buffer_size}: takes {needed / 2**30:.1f} GiB, and {device} has "
+                        f"{free / 2**30:.1f} GiB free")  # fmt: skip
 
 
 def final_score(args: Args, agent: Agent, device: torch.device, run_dir: Path, stop=()) -> dict:
     """Evaluate, film if asked to, and return what the summary says of it."""
-    seed = (args.seed * 10_000 + 5_000) % 2**30  # away from the training environments
-    scores, generator = [], torch.Generator(device).manual_seed(args.seed)
-    if args.eval_episodes:
-        envs = make_envs(args, min(args.eval_episodes, 32), seed)
-        scores = evaluate(agent, envs, args.eval_episodes, generator, stop)
+    scores = []
+    if args.eval_episodes and not stop:
+        envs = make_envs(args, args.eval_episodes, env_seed(args, "evaluation"))
+        scores = evaluate(agent, envs, stop)
     if args.video and not stop:
-        evaluate(agent, make_envs(args, 1, seed + 1_000, render=True), 1, generator, stop, frames := [])
+        from PIL import Image
+
+        frames, envs = [], make_envs(args, 1, env_seed(args, "film"), render_mode="rgb_array")
+        evaluate(agent, envs, stop, frames)
         first, *others = map(Image.fromarray, frames)
         first.save(gif := io.BytesIO(), "GIF", save_all=True, append_images=others, duration=50, loop=0)
         write_file(run_dir / "episode.gif", gif.getvalue())
@@ -747,163 +534,163 @@ def final_score(args: Args, agent: Agent, device: torch.device, run_dir: Path, s
 
 def main(args: Args, stop=()) -> dict:
     """Train, evaluate and summarise one agent; returns the content of summary.json. A `stop` that fills up ends it."""
-    started = time.perf_counter()
-    device, mode = check_args(args)
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm
+
+    started, agent_name, source = time.perf_counter(), Path(__file__).stem, args.resume or args.evaluate
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.device(args.device if cuda and ":" in args.device else "cuda:0" if cuda else "cpu")
+    mode = args.mode if args.mode != "auto" else "compile-cudagraphs" if cuda else "compile"
+    if args.mode == "auto" and not shutil.which(os.environ.get("CXX", "g++")):  # torch.compile needs it
+        mode = "cudagraphs" if cuda else "eager"
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be recorded on the default one
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
+    torch.set_flush_denormal(True)  # fast: dead units leave Adam denormals, which a CPU is 13 times as slow with
+    bf16_cpu = not cuda and torch.cpu._is_avx512_bf16_supported()  # on a GPU, networks this small gain nothing by it
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and bf16_cpu)
+    torch.backends.fp32_precision = "tf32" if cuda and args.precision != "fp32" else "ieee"
+    torch.manual_seed(args.seed)
+
+    # ---- build, or put a checkpoint back ----
+    saved = {"global_step": 0, "wall_seconds": 0.0, "returns": [], "learning_rate": 0.0}
+    if source:
+        with explained(f"{source}/checkpoint.pt: missing or damaged"):
+            saved |= torch.load(Path(source, "checkpoint.pt"), map_location="cpu", weights_only=True)
+    global_step, returns = saved["global_step"], deque(saved["returns"], maxlen=100)
+    envs = make_envs(args, 1 if args.evaluate else args.num_envs, env_seed(args, "training", global_step))
+    check_envs(args, envs)
     if args.video:
         check_video(args)
-    agent_name, saved_dir = Path(__file__).stem, args.resume or args.evaluate
-    default_dir = f"runs/{args.env_id}__{agent_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(saved_dir or args.run_dir or default_dir)
-    if not saved_dir and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        fail(f"--run-dir {run_dir}: is not an empty folder; to go on with a run, name it with --resume")
-
-    # ---- seed and build ----
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    torch.manual_seed(args.seed)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    torch.set_num_threads(args.torch_threads or min(2, cpu_cores()))  # fast: a second one makes 1.6 times the updates
-    torch.set_flush_denormal(True)  # fast: dead units leave Adam denormals, which a CPU is 13 times as slow with
-    bf16_cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and bf16_cpu)
-    # fast: by oneDNN, matrix products take half of MKL's time on AMD; in fp32 still, which with AMX they would not be
-    onednn = torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cpu._is_amx_tile_supported()
-    fastest = "high" if device.type == "cuda" and args.precision != "fp32" else "highest"
-    torch.set_float32_matmul_precision("medium" if device.type == "cpu" and onednn else fastest)
-    flag = "--evaluate" if args.evaluate else "--resume"
-    checkpoint = {"global_step": 0, "wall_seconds": 0.0, "returns": []}
-    saved = args.evaluate or (args.resume and (run_dir / "checkpoint.pt").exists())  # else killed before the first one
-    if saved:
-        checkpoint = load_checkpoint(run_dir, flag)
-    global_step, returns = checkpoint["global_step"], deque(checkpoint["returns"], maxlen=100)
-    env_seed = (args.seed * 10_000 + global_step) % 2**30  # far from other seeds' environments, and new after a resume
-    envs = make_envs(args, 1 if args.evaluate else args.num_envs, env_seed)
-    agent = Agent(envs.single_observation_space.shape, *envs.single_action_space.shape, bf16).to(device)
-    lr = torch.tensor(args.learning_rate, device=device)
-    params = [*agent.critics.parameters(), *agent.actor.parameters()]
-    optimizer = torch.optim.Adam(params, lr, fused=True, capturable=device.type == "cuda")
-    if saved:
-        restore(checkpoint, f"{flag} {run_dir}", agent, optimizer, generator)
-        lr = optimizer.param_groups[0]["lr"]
+    low, high = (bound.tolist() for bound in (envs.single_action_space.low, envs.single_action_space.high))
+    network = {"obs_shape": envs.single_observation_space.shape, "low": low, "high": high}
+    agent, generator = Agent(**network, bf16=bf16).to(device), torch.Generator(device).manual_seed(args.seed)
+    lr = torch.tensor(args.learning_rate, device=device)  # a tensor, so that graphs see it change
+    optimizers = [torch.optim.Adam(agent.critics.parameters(), lr, fused=True, capturable=cuda),
+                  torch.optim.Adam(agent.actor.parameters(), lr, fused=True, capturable=cuda)]  # fmt: skip
+    if source:
+        with explained(f"{source}/checkpoint.pt: not of this agent in this environment"):
+            agent.load_state_dict(saved["agent"])
+            for optimizer, state in zip(optimizers, saved["optimizer"]):
+                optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
+                optimizer.param_groups[0]["lr"] = lr
+            if saved["device"] == device.type:
+                generator.set_state(saved["generator"])
     summary = {"agent": agent_name, "env_id": args.env_id, "seed": args.seed, "device": str(device), "mode": mode}
     summary |= {"torch": torch.__version__, "num_envs": args.num_envs, "global_step": global_step}
     if args.evaluate:
-        return summary | final_score(args, agent, device, run_dir, stop) | {"run_dir": str(run_dir)}
-    rollout, metrics = Rollout(args, envs, device), torch.zeros(len(METRICS), device=device)
-    make_replay = partial(Replay, args.buffer_size, rollout)
-    check_memory(args, sum(x.nbytes for x in make_replay(torch.device("meta")).buffers()), device)
-    replay, learn_from = make_replay(device), args.learning_starts
-    if "replay" in checkpoint:
-        restore_replay(checkpoint, f"{flag} {run_dir}", replay)
-    elif global_step:
-        learn_from += global_step
-        tqdm.write(f"the replay buffer was not saved: learning goes on at step {learn_from}", file=sys.stderr)
+        return summary | final_score(args, agent, device, Path(source), stop) | {"run_dir": source}
 
-    def wall_seconds():
-        return checkpoint["wall_seconds"] + time.perf_counter() - started
+    rollout, refill = Rollout(args, envs, device), 0
+    buffer_bytes = sum(x.nbytes for x in Replay(args, rollout, torch.device("meta")).buffers())
+    check_memory(args, buffer_bytes, device)
+    replay, keeps = Replay(args, rollout, device), {"always": math.inf, "auto": 2**30, "never": 0}
+    if "replay" in saved:
+        with explained(f"{source}/checkpoint.pt: its replay buffer is not of this --buffer-size and --num-envs"):
+            replay.load_state_dict(saved.pop("replay"))
+        replay.dones[replay.row] = 1  # no transition leads from games that were left to those that begin now
+    elif source:
+        refill = math.ceil(min(global_step, max(args.learning_starts, 1)) / args.iteration_steps)
+
+    def learning_rate() -> float:
+        return args.learning_rate * (1 - args.anneal_lr * global_step / args.total_timesteps)
 
     def save():
-        state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "returns": list(returns)}
-        state |= {"generator": generator.get_state(), "device": device.type}
-        state |= {"replay": replay.state_dict()} if args.checkpoint_buffer else {}
-        torch.save(state | {"global_step": global_step, "wall_seconds": wall_seconds()}, content := io.BytesIO())
+        state = {"agent": agent.state_dict(), "optimizer": [x.state_dict() for x in optimizers]}
+        state |= {"generator": generator.get_state(), "device": device.type, "returns": list(returns)}
+        state |= {"learning_rate": lr.item()}
+        state |= {"replay": replay.state_dict()} if buffer_bytes <= keeps[args.checkpoint_buffer] else {}
+        state |= {"global_step": global_step, "wall_seconds": saved["wall_seconds"] + time.perf_counter() - started}
+        torch.save(state, content := io.BytesIO())
         write_file(run_dir / "checkpoint.pt", content.getbuffer())
 
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--run-dir {run_dir}: cannot be made ({error.strerror})")
-    write_json(run_dir / "config.json", {"agent": agent_name, "args": asdict(args)})
-    write_file(run_dir / Path(__file__).name, Path(__file__).read_bytes())
-    save()
+    run_dir, lock = claim_folder(args)  # the lock is held by being kept
     if args.track:
-        import wandb
+        with explained("--track"):
+            from wandb import init
 
-        wandb.init(project="redline", name=run_dir.name, config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1, flush_secs=30)
-
-    clock = time.perf_counter()
-    acts, store, learn = accelerate(mode, agent, optimizer, replay, rollout, args, metrics)
-    compile_seconds = time.perf_counter() - clock
-    if "replay" in checkpoint:
-        replay.load_state_dict(checkpoint.pop("replay"))  # again: the warm-up stored rows of its own
+            id_file, options = run_dir / "wandb_id.txt", {"config": asdict(args), "sync_tensorboard": True}
+            run_id = id_file.read_text() if id_file.exists() else None  # a resumed run goes on there, too
+            run = init(project="redline", name=run_dir.name, id=run_id, resume="allow", **options)
+            id_file.write_text(run.id)
+    config = {"agent": agent_name, "args": asdict(args), "network": network}
+    write_file(run_dir / "config.json", json.dumps(config, indent=2).encode())
+    write_file(run_dir / Path(__file__).name, Path(__file__).read_bytes())
+    if not source:
+        save()
+    elif refill:
+        steps = f"{refill * args.iteration_steps} steps, which do not count, fill it anew before learning goes on"
+        tqdm.write(f"the replay buffer was not saved: {steps}", file=sys.stderr)
+    if source and learning_rate() > 1.01 * saved["learning_rate"]:
+        rates = f"from {saved['learning_rate']:.3g} to {learning_rate():.3g}"
+        tqdm.write(f"--total-timesteps {args.total_timesteps}: the learning rate rises {rates}", file=sys.stderr)
 
     # ---- the loop ----
-    agent.exploration_noise.fill_(args.exploration_noise)
-    host_obs, host_actions, host_rewards, host_terminations, host_dones = (
-        getattr(rollout, f"host_{name}").numpy() for name in ("obs", "actions", "rewards", "terminations", "dones")
-    )
-    arrived = torch.cuda.Event() if device.type == "cuda" else None
-    progress = tqdm(desc=args.env_id, total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True,
-                    mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True)  # fmt: skip
+    acts, learn = accelerate(mode, agent, optimizers, replay, rollout, args)
+    host_obs, host_actions, host_outcomes = (x.numpy() for x in rollout.host)
     host_obs[:], _ = envs.reset()
     dones = np.zeros(args.num_envs, dtype=bool)
     running, finished = np.zeros((2, args.num_envs)), []  # returns and lengths of games under way; those of ended ones
-    first, last = math.ceil(global_step / args.iteration_steps) + 1, args.num_iterations
-    log_every, saved_at, learned = max(1, last // 1000), time.perf_counter(), 0
-    speeds = dict.fromkeys(("sps", "sps_rollout", "sps_update"))
-    for iteration in range(first, last + 1):
-        learning = global_step >= learn_from
-        learned += learning
-        if learned <= 2:  # SPS counts from the second iteration that learns: the first warms up what is left
-            rollout_seconds, update_seconds, loop_start, loop_step = 0.0, 0.0, time.perf_counter(), global_step
-        if args.anneal_lr:
-            lr.fill_(args.learning_rate * (1 - (iteration - 1) / last))
-        rollout.exploring.fill_(not learning)
+    iterations = (args.total_timesteps - global_step) // args.iteration_steps
+    saved_at, compile_seconds, speeds = time.perf_counter(), 0.0, dict.fromkeys(("sps", "sps_rollout", "sps_update"))
+    metrics, learned = {}, 0  # iterations that learned
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1, flush_secs=30)
+    progress = tqdm(desc=args.env_id, total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True,
+                    mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True)  # fmt: skip
+    for iteration in range(-refill, iterations):
+        began, learning = time.perf_counter(), iteration >= 0 and global_step >= max(args.learning_starts, 1)
+        if learned <= 3:  # SPS counts from the fourth iteration that learns: those before compile and capture
+            loop_start, loop_step, seconds = began, global_step, {"sps_rollout": 0.0, "sps_update": 0.0}
+        lr.fill_(learning_rate())
+        rollout.exploring.fill_(global_step < args.learning_starts)
         draw_noise(rollout, generator)
 
         clock = time.perf_counter()
-        for t, act in enumerate(acts):
-            host_dones[t] = dones
-            act()
-            if arrived:
-                arrived.record()
-                arrived.synchronize()  # sync: the actions have arrived in host_actions; the one wait of the loop
-            obs, rewards, terminations, truncations, infos = envs.step(host_actions)
-            host_obs[:], host_rewards[t], host_terminations[t] = obs, rewards, terminations
-            true_rewards, overs = true_game(rewards, terminations, truncations, infos)
-            running += true_rewards, ~dones
+        for step in acts:
+            step()
+            wait()  # the actions have arrived in host_actions; on a GPU, the last learning phase is over, too
+            if step is acts[-1]:
+                update_clock = time.perf_counter()
+                metrics = learn() if learning else metrics  # fast: a GPU learns while the environments step
+                update_seconds = time.perf_counter() - update_clock  # on a GPU, of the launch alone
+            obs, rewards, terminations, truncations, _ = envs.step(host_actions)
+            running += rewards, ~dones
             dones = terminations | truncations
-            if overs.any():
-                finished += running[:, overs].T.tolist()
-                running[:, overs] = 0
-        host_dones[-1] = dones
-        rollout_seconds += time.perf_counter() - clock
+            host_obs[:], host_outcomes[:] = obs, (rewards, terminations, dones)
+            if dones.any():
+                finished += running[:, dones].T.tolist()
+                running[:, dones] = 0
+        seconds["sps_update"] += update_seconds
+        seconds["sps_rollout"] += time.perf_counter() - clock - update_seconds
 
-        clock = time.perf_counter()
-        store()
-        if learning:
-            learn()
-        if arrived:
-            torch.cuda.synchronize(device)  # for the clock: nothing is held up that could go on without the update
-        update_seconds += time.perf_counter() - clock
-
+        learned += learning
+        if iteration < 3 - refill or (learning and learned <= 3):
+            compile_seconds += time.perf_counter() - began
+        if iteration < 0 and stop:
+            break
+        if iteration < 0:  # steps that fill the replay buffer anew count for nothing
+            continue
         global_step += args.iteration_steps
         progress.update(args.iteration_steps)
-        stopping = iteration == last or bool(stop)
+        stopping = iteration == iterations - 1 or bool(stop)
         saving = stopping or time.perf_counter() - saved_at > 60 * args.checkpoint_minutes
-        if saving or iteration % log_every == 0:
-            losses = dict(zip(METRICS, metrics.tolist())) if learned else {}
-            if not all(map(math.isfinite, losses.values())):
-                progress.close()
-                writer.close()
-                fail(f"the loss is not finite any more at step {global_step}: {losses}. A lower --learning-rate may "
-                     f"help; {run_dir}/checkpoint.pt is from before", status=1)  # fmt: skip
-            seconds = time.perf_counter() - loop_start, rollout_seconds, update_seconds
-            speeds = {name: (global_step - loop_step) / s for name, s in zip(speeds, seconds)}
-            scalars = {"charts/SPS": speeds["sps"], "charts/learning_rate": lr.item()}
-            scalars |= {f"losses/{name}": value for name, value in losses.items()}
+        if saving or iteration % max(1, args.total_timesteps // args.iteration_steps // 1000) == 0:
+            scalars = {f"losses/{name}": value.item() for name, value in metrics.items()}
+            if not all(map(math.isfinite, scalars.values())):
+                raise FloatingPointError(f"the loss is not finite any more at step {global_step}: {scalars}; a lower "
+                                         "--learning-rate may help, and checkpoint.pt is from before")  # fmt: skip
+            seconds["sps"] = time.perf_counter() - loop_start
+            speeds = {name: (global_step - loop_step) / value for name, value in seconds.items()}
+            scalars |= {"charts/SPS": speeds["sps"], "charts/learning_rate": lr.item()}
             if finished:
                 scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(finished, axis=0)
                 returns.extend(episode_return for episode_return, _ in finished)
                 finished.clear()
                 progress.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
-            try:
-                for tag, value in scalars.items():
-                    writer.add_scalar(tag, value, global_step)
-            except OSError as error:  # from its thread, which could not write what it was given before
-                save()
-                fail(f"cannot write the curves in {run_dir}: {error.strerror}", status=1)
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, global_step)
         if saving:
             save()
             saved_at = time.perf_counter()
@@ -912,13 +699,13 @@ def main(args: Args, stop=()) -> dict:
     progress.close()
     writer.close()
 
-    # ---- score and summary ----
-    agent.exploration_noise.zero_()
     summary |= {"global_step": global_step, "train_return_mean": float(np.mean(returns)) if returns else None}
-    summary |= speeds | final_score(args, agent, device, run_dir, stop)
-    summary |= {"stopped_by": signal.Signals(stop[0]).name if stop else None, "compile_seconds": compile_seconds}
-    summary |= {"wall_seconds": wall_seconds(), "run_dir": str(run_dir)}
-    write_json(run_dir / "summary.json", summary)
+    summary |= speeds | {"compile_seconds": compile_seconds} | final_score(args, agent, device, run_dir, stop)
+    summary |= {"stopped_by": signal.Signals(stop[0]).name if stop else None, "run_dir": str(run_dir)}
+    summary["wall_seconds"] = saved["wall_seconds"] + time.perf_counter() - started
+    write_file(run_dir / "summary.json", json.dumps(summary, indent=2).encode())
+    if args.track:
+        run.finish()
     return summary
 
 
@@ -928,8 +715,11 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number) or signal.signal(number, signal.SIG_DFL))
     try:
-        result = main(parse_args(), signals)
-    except (OSError, torch.OutOfMemoryError) as error:
-        fail(str(error).splitlines()[0], status=1)
-    print(json.dumps(result))
+        print(json.dumps(main(parse_args(), signals)), flush=True)
+    except Exception as error:
+        failures = UserError, OSError, MemoryError, FloatingPointError, torch.OutOfMemoryError
+        if not isinstance(error, failures) and "can't allocate memory" not in str(error):
+            raise  # a bug: its traceback is worth reading
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        os._exit(2 if isinstance(error, UserError) else 1)  # not by way of a stdout that may be closed or full
     sys.exit(128 + signals[0] if signals else 0)

@@ -1,20 +1,22 @@
 """Speed of the agents on this machine, beside that of their environments alone.
 
     python benchmarks/fps.py --suite quick        # every agent, in under 3 minutes
-    python benchmarks/fps.py --suite gpu          # every agent and mode, 8 to 512 environments, in under 8 minutes
+    python benchmarks/fps.py --suite gpu          # 8 to 256 environments, in under 8 minutes; again: goes on from there
+    python benchmarks/fps.py --suite gpu --rehearse --agents ppo_atari     # the same order on a CPU, in tiny runs
     python benchmarks/fps.py --agents ppo my_agent.py --modes eager compile --num-envs 8 32
     python benchmarks/fps.py --agents ppo --modes eager --profile
-    python benchmarks/fps.py --agents ppo_atari_multigpu --num-envs 128 --ranks 1 2 4 8    # on so many GPUs each
 
 SPS is agent steps per second over all environments; on Atari, frames per second = SPS x frame_skip.
 
 Each run is a process of its own and goes through the agent's command line. The configurations take turns, so that a
-drift of the machine meets all of them alike; the first run of each starts with an empty compiler cache ("cold"), the
-others find it filled ("warm"). The mode "env-only" steps the agent's own environments with random actions: what the
-agent would reach if acting and learning took no time. Every run is appended to the results at once, as a line of JSON;
-benchmarks/report.py makes tables and plots of them.
+drift of the machine meets all of them alike. All configurations of an agent share a compiler cache: the first compiled
+run finds it empty ("cold"), a repeated one full ("warm"), others with what they have in common ("shared"). The mode
+"env-only" steps the agent's own environments with random actions: what the agent would reach if acting and learning
+took no time. Every run is appended to the results at once, as a line of JSON; benchmarks/report.py makes tables and
+plots of them.
 """
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import itertools
@@ -27,7 +29,6 @@ import resource
 import runpy
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -40,13 +41,20 @@ from typing import Literal
 import numpy as np
 import report
 import tyro
+from results import fail, read_speeds
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-MODES = ("eager", "compile", "cudagraphs", "compile-cudagraphs")  # the last is the fastest on a GPU
+RESULTS = ROOT / "benchmarks/results.jsonl"
+WARM_UP = 3  # iterations that come before those that an agent's SPS counts
+STARTS = 1000  # steps, at most, before the first update of an agent with a replay buffer: they say nothing of its speed
+TINY = {"num_steps": 16, "torch_threads": 1, "env_threads": 1}  # settings in a rehearsal, of agents that have them
+FIRST = ("ppo_atari", "pqn_atari", "ppo_continuous_action", "sac_continuous_action")  # of the gpu suite
 FIGURES = ("agent_command", "env_id", "frame_skip", "device", "num_envs", "sps", "sps_rollout", "sps_update",
-           "compile_seconds", "wall_seconds", "global_step", "host_memory_mib", "device_memory_mib", "cuda",
-           "trace", "all_reduce_seconds", "all_reduce_share")  # fmt: skip
+           "compile_seconds", "wall_seconds", "global_step", "host_memory_mib", "device_memory_mib", "cuda", "trace",
+           "iteration_steps", "learning_starts", "cache")  # fmt: skip
+MACHINE = ("commit", "torch", "gpu", "cpu", "cores", "device", "all_flags")  # what one session of a suite has in
+RUN = ("agent", "code", "mode", "num_envs", "repeat")  # common, and what its runs differ in
 
 
 @dataclass
@@ -55,13 +63,10 @@ class Args:
     """a choice of the other flags; those given beside it overrule it"""
     agents: tuple[str, ...] = ()
     """names of agents in agents/, or paths of agent files anywhere; none takes all of agents/"""
-    modes: tuple[Literal["eager", "compile", "cudagraphs", "compile-cudagraphs"], ...] = ()
-    """modes to run the agents in; none takes eager and the mode with all that the device can do"""
+    modes: tuple[Literal["env-only", "eager", "compile", "cudagraphs", "compile-cudagraphs"], ...] = ()
+    """modes to run the agents in, after env-only; none takes eager and the mode with all that the device can do"""
     num_envs: tuple[int, ...] = ()
     """numbers of environments; none takes each agent's own"""
-    ranks: tuple[int, ...] = ()
-    """numbers of processes to share an agent's work, a GPU each (on a CPU one thread each); --num-envs is then that of
-    every rank. Only agents with ranks can do it; numbers beyond that of the GPUs are left out"""
     device: str = "auto"
     """the agents' --device"""
     agent_flags: str = ""
@@ -69,11 +74,18 @@ class Args:
     repeats: int = 3
     """runs of each configuration, the cold one included"""
     seconds: float = 5.0
-    """how long a run trains, about; never less than two iterations, the first of which only warms up"""
+    """how long a run trains, about; never less than two iterations after those that warm up"""
     minutes: float = 60.0
     """when this time is up the run under way is dropped and no other begun"""
-    results: Path = ROOT / "benchmarks/results.jsonl"
+    results: Path = RESULTS
     """file that every run is appended to"""
+    resume: bool = False
+    """leave out what the results have of this commit, device and configuration"""
+    cache: Path | None = None
+    """folder for the compiler caches, for later calls to go on with; none takes a temporary one"""
+    rehearse: bool = False
+    """go through all runs on the CPU, each as short as can be and in eager mode, and keep no results unless --results
+    names a file"""
     profile: bool = False
     """measure nothing; write a torch profiler trace and a table of the ten costliest operators of one iteration"""
     profile_dir: Path = ROOT / "runs/profiles"
@@ -83,8 +95,9 @@ class Args:
 SUITES = {
     None: Args(),
     "quick": Args(seconds=2, minutes=2.8),
-    "gpu": Args(seconds=2, minutes=7.8, modes=MODES, num_envs=(128, 512, 32, 8)),  # 128 first, if time gets short
-}
+    "gpu": Args(seconds=2, minutes=7.8, modes=("compile-cudagraphs", "eager"), num_envs=(8, 64, 256), resume=True,
+                cache=ROOT / "runs/fps_cache"),
+}  # fmt: skip
 
 
 # ---- in a process of its own -----------------------------------------------------------------------------------------
@@ -112,7 +125,7 @@ def env_only() -> None:
 
     gpu = "torch" in sys.modules and sys.modules["torch"].cuda.is_available()
     figures = {"env_id": args.env_id, "frame_skip": getattr(args, "frame_skip", 1), "num_envs": args.num_envs}
-    figures |= {"device": {"auto": "cuda" if gpu else "cpu"}.get(args.device, args.device)}
+    figures["device"] = args.device if args.device != "auto" else "cuda" if gpu else "cpu"
     figures |= {"sps": steps * args.num_envs / elapsed, "learning_starts": getattr(args, "learning_starts", 0)}
     print(json.dumps(figures | {"iteration_steps": args.num_envs * getattr(args, "num_steps", 1)} | memory()))
 
@@ -120,34 +133,7 @@ def env_only() -> None:
 def train() -> None:
     """Run an agent as `python AGENT FLAGS` does, then print the memory that it took. Command line: AGENT FLAGS."""
     run_script(sys.argv[1:])
-    if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(memory()))
-
-
-def all_reduce() -> None:
-    """Time the sum over ranks of a gradient as large as the agent's; rank 0 prints the seconds that one takes.
-
-    Command line: AGENT FLAGS. It is the sum alone: in training, a rank also waits there for slower ones.
-    """
-    import torch
-
-    path, *flags = sys.argv[1:]
-    agent = load_agent(Path(path))
-    args = agent.parse_args(flags)
-    agent.join_ranks()
-    device = agent.device_of_rank(args, agent.check_args(args)[0])
-    flat = torch.zeros(sum(param.numel() for param in agent.Agent(6).parameters()) + len(agent.METRICS), device=device)
-    seconds = []
-    for _ in range(60):
-        start = time.perf_counter()
-        agent.sum_over_ranks(flat)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    agent.leave_ranks()
-    if os.environ["RANK"] == "0":
-        updates = args.update_epochs * args.num_minibatches  # of an iteration
-        print(json.dumps({"all_reduce_seconds": float(np.median(seconds[10:])), "updates": updates}))
+    print(json.dumps(memory()))
 
 
 def profile() -> None:
@@ -215,37 +201,22 @@ def memory() -> dict:
     return figures
 
 
-def run(function: str, *arguments, timeout: float, ranks: int | None = None, **env: str) -> dict:
+def run(function: str, *arguments, timeout: float, **env: str) -> dict:
     """Call a function of this file in a process of its own; returns the JSON objects that it printed last, as one.
 
-    With `ranks` it is so many processes, as torchrun would start them, and what counts is said by the first of them.
     Raises RuntimeError with the reason of a failure, and subprocess.TimeoutExpired after `timeout` seconds.
     """
     path = os.pathsep.join(filter(None, [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]))
-    env |= {"PYTHONPATH": path}
-    if ranks:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
-        env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    child, *others = children = [
-        subprocess.Popen(
-            [sys.executable, "-c", f"import fps; fps.{function}()", *map(str, arguments)],
-            stdout=subprocess.DEVNULL if rank else subprocess.PIPE, text=True, errors="replace", start_new_session=True,
-            stderr=subprocess.DEVNULL if rank else subprocess.PIPE,
-            env=os.environ | env | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks else {}),
-        )
-        for rank in range(ranks or 1)
-    ]  # fmt: skip
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"import fps; fps.{function}()", *map(str, arguments)], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
+        env=os.environ | env | {"PYTHONPATH": path},
+    )  # fmt: skip
     try:
         out, err = child.communicate(timeout=timeout)
-        for other in others:
-            other.wait(timeout=60)  # which ends with the first one, or soon after it died
     except BaseException:
-        for process in children:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # with the compiler's processes
-                process.wait()
+        os.killpg(child.pid, signal.SIGKILL)  # with the compiler's processes
+        child.wait()
         raise
     if child.returncode:
         raise RuntimeError(reason(err, child.returncode))
@@ -277,51 +248,61 @@ def find_agents(names) -> list[Path]:
 def configurations(args: Args, gpu: bool) -> list[tuple[Path, str, int | None]]:
     """Agent, mode and num_envs (None: the agent's own) of all that is to be measured; agents in turns.
 
-    "env-only" precedes the modes with as many environments. The gpu suite has only its last mode at all of them.
+    "env-only" precedes the modes with as many environments. The gpu suite begins with the agents of FIRST, and has its
+    first mode at every number of environments, the others at the first number only.
     """
     agents, plan = find_agents(args.agents), []
-    modes = args.modes or ("eager", MODES[-1] if gpu else "compile")
-    for num_envs in args.num_envs or (None,):
-        chosen = modes[-1:] if args.suite == "gpu" and num_envs != 128 else modes
-        plan += [(agent, mode, num_envs) for mode in ("env-only", *chosen) for agent in agents]
-    return plan
+    modes = args.modes or ("eager", "compile-cudagraphs" if gpu else "compile")
+    if args.suite != "gpu":
+        groups, everywhere, once = [agents], modes, ()
+    else:
+        groups = [[agent for name in FIRST for agent in agents if agent.stem == name]]
+        groups.append([agent for agent in agents if agent not in groups[0]])
+        everywhere, once = modes[:1], modes[1:]
+    sizes = args.num_envs or (None,)
+    for group in groups:
+        plan += itertools.product(sizes, ("env-only", *everywhere), group)
+        plan += itertools.product(sizes[:1], once, group)
+    return [*dict.fromkeys((agent, mode, num_envs) for num_envs, mode, agent in plan)]
 
 
 def measure(
-    args: Args, agent: Path, mode: str, num_envs: int | None, ranks: int | None, known: dict, sps: float | None,
-    cache: Path, timeout: float,
+    args: Args, agent: Path, mode: str, num_envs: int | None, known: dict, sps: float | None, cache: Path,
+    timeout: float,
 ) -> dict:  # fmt: skip
     """Run one configuration once; returns its figures, with the agent's command line. Raises what `run` raises.
 
     `known` are the figures of its "env-only", `sps` is the speed to expect of it, if any; `cache` is the folder for
-    what its compiler keeps.
+    what the compiler keeps of this agent.
     """
     flags = ["--device", args.device, *([] if num_envs is None else ["--num-envs", str(num_envs)])]
     flags += shlex.split(args.agent_flags)
+    tiny = [name for name in TINY if args.rehearse and f"\n    {name}: int" in agent.read_text()]
+    flags += [f"--{name.replace('_', '-')}={TINY[name]}" for name in tiny]
     if mode == "env-only":
         return run("env_only", agent, args.seconds, *flags, timeout=timeout)
     if "sps" not in known:
         raise RuntimeError("its environments do not run alone")
-    size, start = known["iteration_steps"] * (ranks or 1), known["learning_starts"]
-    if ranks:
-        flags += ["--num-envs", str(ranks * known["num_envs"])]
-    sps = sps or known["sps"] / 4  # of the first run, a guess
-    counted = max(1, math.ceil(args.seconds * sps / size))
-    flags += ["--mode", mode, "--total-timesteps", str(start + size * (1 + counted)), "--eval-episodes", "0"]
+    size, start = known["iteration_steps"], min(known["learning_starts"], STARTS)
+    first = math.ceil(start / size) + (0 if args.rehearse else WARM_UP)  # iterations before those that count
+    counted = max(2, math.ceil(args.seconds * (sps or known["sps"] / 4) / size))  # a quarter is a guess
+    flags += ["--learning-starts", str(start)] if start else []
+    flags += ["--mode", "eager" if args.rehearse else mode, "--total-timesteps", str(size * (first + counted))]
+    flags += ["--eval-episodes", "0"]
     function = ["train"]
     if args.profile:
-        function = ["profile", args.profile_dir / f"{agent.stem}_{mode}_{known['num_envs']}.json", 1 + start // size]
+        function = ["profile", args.profile_dir / f"{agent.stem}_{mode}_{known['num_envs']}.json", max(1, first)]
     caches = {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
-    cache.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as run_dir:
-        figures = run(*function, agent, *flags, "--run-dir", run_dir, timeout=timeout, ranks=ranks, **caches)
-    if not figures.get("sps"):
-        raise RuntimeError("the run ended before its speed was measured")
-    if ranks:
-        figures |= (took := run("all_reduce", agent, *flags, timeout=timeout, ranks=ranks))
-        figures["all_reduce_share"] = took["all_reduce_seconds"] * took["updates"] / (size / figures["sps"])
+    mark = cache / f"{mode}_{known['num_envs']}"  # of what the cache has seen
+    seen = "warm" if mark.exists() else "shared" if "compile" in mode and any(cache.glob("*compile*")) else "cold"
+    with tempfile.TemporaryDirectory(prefix="fps-", ignore_cleanup_errors=True) as run_dir:
+        figures = run(*function, agent, *flags, "--run-dir", run_dir, timeout=timeout, **caches)
+        if not figures.get("sps"):
+            raise RuntimeError("the run ended before its speed was measured")
+    cache.mkdir(parents=True, exist_ok=True)
+    mark.touch()
     name = agent.relative_to(ROOT) if agent.is_relative_to(ROOT) else agent.name
-    return figures | {"agent_command": shlex.join(["python", str(name), *flags])}
+    return figures | {"agent_command": shlex.join(["python", str(name), *flags]), "cache": seen}
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------------
@@ -358,29 +339,32 @@ def describe_cpu() -> dict:
     return {"cpu": name, "cores": cores}
 
 
-def describe_code() -> dict:
-    """The commit, whether what is measured differs from it (both None outside a checkout), and the versions."""
-
-    def git(*words):
-        done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
+def git(*words) -> str | None:
+    """What git says in this checkout; None where there is no git or no checkout."""
     try:
-        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "agents", "benchmarks/fps.py")
+        done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
     except OSError:
-        commit, changes = None, None
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "envpool")}
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def describe_code() -> dict:
+    """The commit, whether what is measured differs from it (both None outside a checkout), and the versions.
+
+    Where a copy without git is measured, the variable REDLINE_COMMIT can say of which commit.
+    """
+    changes, versions = git("status", "--porcelain", "agents", "benchmarks/fps.py"), {}
+    for name in ("torch", "envpool"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # in a folder on PYTHONPATH
+            versions[name] = None
+    commit = git("rev-parse", "HEAD") or os.environ.get("REDLINE_COMMIT")
     dirty = None if changes is None else bool(changes)
     return {"commit": commit, "dirty": dirty, "python": platform.python_version()} | versions
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
-
-
-def fail(message: str, status: int = 2):
-    """End the process with one sentence on stderr: status 2 for bad input, 1 for a failure while running."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(status)
 
 
 def append(path: Path, *records: dict) -> None:
@@ -397,26 +381,7 @@ def append(path: Path, *records: dict) -> None:
 def table_line(*cells) -> str:
     """A line of the table that grows while measuring; numbers without decimals, "-" for what is not there."""
     cells = ["-" if cell is None else f"{cell:,.0f}" if isinstance(cell, float) else str(cell) for cell in cells]
-    return "{:<26} {:<18} {:>8} {:>4} {:>11} {:>11} {:>11} {:>9}".format(*cells)
-
-
-def scaling_table(records: list[dict]) -> str:
-    """SPS by number of ranks, against as many times that of the fewest, and what of the time all_reduce takes."""
-    rows, base = [], {}
-    groups = {}
-    for record in records:
-        if record.get("ranks") and record.get("sps"):
-            key = record["agent"], record["mode"], record["num_envs"] // record["ranks"], record["ranks"]
-            groups.setdefault(key, []).append(record)
-    for (agent, mode, num_envs, ranks), runs in sorted(groups.items()):
-        sps, seconds, share = (
-            float(np.median([run[name] for run in runs])) for name in ("sps", "all_reduce_seconds", "all_reduce_share")
-        )
-        each = base.setdefault((agent, mode, num_envs), sps / ranks)
-        cells = agent, mode, str(num_envs), str(ranks), f"{sps:,.0f}", f"{sps / ranks / each:.0%}"
-        rows.append([*cells, f"{1000 * seconds:.2f}", f"{share:.1%}"])
-    header = ["Agent", "Mode", "num_envs a rank", "Ranks", "SPS", "Efficiency", "all_reduce ms", "of the time"]
-    return report.markdown(header, rows) if rows else "no run with ranks was measured"
+    return "{:<26} {:<18} {:>8} {:>4} {:>11} {:>11} {:>11} {:>9} {:>6}".format(*cells)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -425,94 +390,97 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return tyro.cli(Args, args=argv, description=__doc__, default=SUITES[args.suite])
 
 
-def take_turns(args: Args, plan: list, common: dict):
+def take_turns(args: Args, plan: list, common: dict, done: dict):
     """Measure all of `plan` `repeats` times, in turns, until the time is up; yields a record of every run.
 
-    A configuration that fails is not tried again: its record has the reason under "failed", and no figures.
+    A configuration that fails is not tried again: its record has the reason under "failed", and no figures. Nor is one
+    measured whose record is in `done`, by the fields of RUN.
     """
     deadline = time.monotonic() + 60 * args.minutes
     facts, speeds, failed = {}, {}, set()  # facts by agent and num_envs, speeds by configuration
-    turns = [*itertools.product(range(args.repeats), enumerate(plan))]
     with tempfile.TemporaryDirectory(prefix="fps-", ignore_cleanup_errors=True) as scratch:
-        for repeat, (number, config) in tqdm(turns, unit=" runs", dynamic_ncols=True):
+        turns = [*itertools.product(range(args.repeats), plan)]
+        for repeat, config in tqdm(turns, unit=" runs", dynamic_ncols=True):
             if config in failed:
                 continue
-            agent, mode, num_envs, ranks = config
+            (agent, mode, num_envs), started = config, time.monotonic()
             known = facts.get((agent, num_envs), {"num_envs": num_envs})
-            record = common | {"date": now(), "agent": agent.stem, "mode": mode, "repeat": repeat}
+            code = hashlib.sha256(agent.read_bytes()).hexdigest()[:12]
+            record = common | {"date": now(), "agent": agent.stem, "code": code, "mode": mode, "repeat": repeat}
             if not agent.is_relative_to(ROOT / "agents"):
                 record["dirty"] = True  # this file is in no commit
             record |= {key: known[key] for key in ("env_id", "frame_skip", "num_envs", "device") if key in known}
-            if ranks:  # in the tables, a number of ranks is to be a row of its own
-                record |= {"ranks": ranks, "agent_flags": f"{common['agent_flags']} ({ranks} ranks)".strip()}
-            cache, left = Path(scratch, str(number)), deadline - time.monotonic()
+            old, left = done.get(tuple(map(record.get, RUN))), deadline - started
             try:
-                figures = measure(args, *config, known, speeds.get(config), cache, timeout=max(0, left))
+                if old and "failed" in old:
+                    raise RuntimeError(old["failed"])
+                cache = (args.cache or Path(scratch)) / f"{agent.stem}_{code}"
+                figures = old or measure(args, *config, known, speeds.get(config), cache, timeout=max(0, left))
             except subprocess.TimeoutExpired:
                 tqdm.write("the time is up; the rest is left out", file=sys.stderr)
                 return
             except RuntimeError as error:
                 failed.add(config)
-                yield record | {"failed": str(error)}
-                continue
+                record["failed"], figures = str(error), {}
             speeds[config] = figures.get("sps")
-            if mode == "env-only":
+            if mode == "env-only" and figures:
                 facts[agent, num_envs] = figures
-            else:
-                record["cache"] = "warm" if repeat else "cold"
-            yield record | {key: figures[key] for key in FIGURES if key in figures}
+            if not old:
+                record |= {key: figures[key] for key in FIGURES if key in figures}
+                yield record | {"run_seconds": time.monotonic() - started}
 
 
 def main(args: Args) -> int:
     """Measure, or profile, all that `args` asks for; returns the exit status, 1 if anything failed."""
-    if min(args.repeats, args.seconds, args.minutes, *args.ranks) <= 0:
-        fail("--repeats, --seconds, --minutes and --ranks must be more than 0")
-    if args.ranks and args.profile:
-        fail("--profile: cannot be combined with --ranks")
-    for agent in find_agents(args.agents) if args.ranks else ():
-        if "def join_ranks(" not in agent.read_text():
-            fail(f"--ranks: {agent.stem} runs in one process only")
+    if args.rehearse:
+        sizes = tuple(4 * (1 + i) for i in range(len(args.num_envs)))
+        args = replace(args, device="cpu", seconds=0, num_envs=sizes, repeats=1, cache=None)
+        args = replace(args, results=Path(os.devnull) if args.results == RESULTS else args.results)
+    elif args.seconds <= 0:
+        fail("--seconds must be more than 0")
+    if min(args.repeats, args.minutes) <= 0:
+        fail("--repeats and --minutes must be more than 0")
     machine = describe_gpu() | describe_cpu()
-    if args.suite == "gpu" and not machine["gpu"]:
+    if args.suite == "gpu" and not machine["gpu"] and not args.rehearse:
         fail("--suite gpu: nvidia-smi finds no GPU on this machine")
     device = args.device if args.device != "auto" else "cuda" if machine["gpu"] else "cpu"
-    if args.ranks and not device.startswith("cuda"):
-        args = replace(args, agent_flags=f"--torch-threads 1 --env-threads 1 {args.agent_flags}")
-    plan = [(*config, None) for config in configurations(args, gpu=device.startswith("cuda"))]
-    if args.ranks:  # the environments alone once, as one rank has them
-        possible = [n for n in args.ranks if not device.startswith("cuda") or n <= machine["gpu_count"]]
-        plan = [config for config in plan if config[1] == "env-only"] + [
-            (*config[:3], ranks) for ranks in possible for config in plan if config[1] != "env-only"
-        ]
+    plan = configurations(args, gpu=device.startswith("cuda"))
     common = {"started": now(), "command": shlex.join(["python", "benchmarks/fps.py", *sys.argv[1:]])}
     flags = re.sub(r"--env-id[= ]\S+", "", args.agent_flags)  # the environment is a field of its own
     common |= describe_code() | machine | {"device": device, "agent_flags": " ".join(flags.split())}
+    common["all_flags"] = args.agent_flags
+    records, interrupted = [], False
     if args.profile:
         args = replace(args, repeats=1, seconds=0.1)  # speeds do not count: the profiler slows all down
         args.profile_dir.mkdir(parents=True, exist_ok=True)
     else:
         append(args.results)  # find out now whether it can be written
+    if args.resume:
+        kind = {"device": device.partition(":")[0]}
+        records = [r for r in read_speeds(args.results) if all((r | kind).get(n) == common.get(n) for n in MACHINE)]
+        common["started"] = max((r["started"] for r in records), default=common["started"])  # the same session goes on
+    done, measured = {tuple(map(record.get, RUN)): record for record in records}, 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    records, interrupted = [], False
     print("SPS = agent steps per second; frames per second = SPS x frame_skip\n")
-    print(table_line("agent", "mode", "num_envs", "run", "SPS", "rollout", "update", "compile s"), flush=True)
+    print(table_line("agent", "mode", "num_envs", "turn", "SPS", "rollout", "update", "compile s", "run s"), flush=True)
     try:
-        for record in take_turns(args, plan, common):
+        for record in take_turns(args, plan, common, done):
             records.append(record)
+            measured += 1
             if not args.profile:
                 append(args.results, record)
-            figures = [record.get(key) for key in ("sps", "sps_rollout", "sps_update", "compile_seconds")]
-            line = table_line(record["agent"], record["mode"], record["num_envs"], record["repeat"] + 1, *figures)
+            shown = "agent mode num_envs repeat sps sps_rollout sps_update compile_seconds run_seconds".split()
+            line = table_line(*map(record.get, shown))
             tqdm.write(line if "failed" not in record else f"{line}  failed: {record['failed']}")
             if "trace" in record:
                 tqdm.write(f"{Path(record['trace']).with_suffix('.txt').read_text()}\n{record['trace']}\n")
     except KeyboardInterrupt:
         interrupted = True
         print("interrupted", file=sys.stderr)
-    if args.ranks and records:
-        print(f"\n{scaling_table(records)}")
-    if records and not args.profile:
-        print(f"\n{report.full_table(report.summarise(records))}\n\nadded to {args.results}: {len(records)} runs")
+    if records and not args.profile and not args.rehearse:
+        print(f"\n{report.full_table(report.summarise(records))}")
+    if not args.profile:
+        print(f"\nadded to {args.results}: {measured} runs")
     return 130 if interrupted else int(any("failed" in record for record in records))
 
 

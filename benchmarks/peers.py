@@ -2,13 +2,12 @@
 
     python benchmarks/peers.py                    # every comparison, about 30 minutes on two cores
     python benchmarks/peers.py --only cartpole --peers sb3 torchrl --repeats 5
-    python benchmarks/peers.py --report           # measure nothing; write the table of benchmarks/README.md
 
 A peer is installed into an environment of its own under the cache directory, from PyPI, beside our own torch. Each
 measurement is a process of its own; the peers and our modes take turns, and what counts is the ratio of two in the same
 turn, so that a drift of the machine meets both. All sides leave start-up and warm-up out: SPS is agent steps per second
 over all environments. One JSON line a comparison and peer is appended to the results; a peer that does not install or
-does not run has the reason in it instead of ratios.
+does not run has the reason in it instead of ratios. benchmarks/report.py makes the table.
 """
 
 import json
@@ -27,9 +26,9 @@ from pathlib import Path
 import fps
 import torch
 import tyro
+from results import fail
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"
 TORCH = "torch==" + torch.__version__.split("+")[0]
 
 
@@ -50,20 +49,13 @@ PEERS = {
          "dqn", "dqn-defaults", "dqn-breakout", "sac", "sac-bf16", "td3", "td3-bf16"),
     ),
     "torchrl": Peer("torchrl_ppo.py", ["torchrl==0.14.1", "gymnasium==1.4.0", TORCH], ("cartpole",)),
-    # Sample Factory and PufferLib bring a gymnasium before 1.0 themselves; CartPole-v1 is the same there
+    # Sample Factory brings a gymnasium before 1.0 itself; CartPole-v1 is the same there
     "sample-factory": Peer("sample_factory_ppo.py", ["sample-factory==2.1.1", TORCH], ("cartpole",)),
-    "pufferlib": Peer("pufferlib_ppo.py", ["pufferlib==3.0.0", TORCH], ("cartpole",)),
 }  # fmt: skip
 CLASSIC = {"num_steps": 128, "num_minibatches": 4, "update_epochs": 4, "learning_rate": 2.5e-4, "ent_coef": 0.01}
 MUJOCO = {"num_steps": 2048, "num_minibatches": 32, "update_epochs": 10, "learning_rate": 3e-4, "ent_coef": 0.0}
-SHARED = {
-    "algorithm": "ppo",
-    "gamma": 0.99,
-    "gae_lambda": 0.95,
-    "vf_coef": 0.5,
-    "max_grad_norm": 0.5,
-    "normalize": False,
-}  # our defaults
+SHARED = {"algorithm": "ppo", "gamma": 0.99, "gae_lambda": 0.95, "vf_coef": 0.5, "max_grad_norm": 0.5}  # our defaults
+SHARED |= {"normalize": False}
 # torch_threads as in ours: one for networks this small, which with more lose time to handing out work; 0 is torch's own
 CARTPOLE = SHARED | CLASSIC | {"env_id": "CartPole-v1", "num_envs": 4, "clip_coef": 0.2, "torch_threads": 1}
 BREAKOUT = SHARED | CLASSIC | {"env_id": "BreakoutNoFrameskip-v4", "num_envs": 8, "clip_coef": 0.1, "torch_threads": 0}
@@ -77,7 +69,8 @@ DQN_BREAKOUT = DQN | {"env_id": "BreakoutNoFrameskip-v4", "learning_rate": 1e-4,
 DQN_BREAKOUT |= {"buffer_size": 20_000, "target_network_frequency": 1_000, "torch_threads": 0}
 SAC = REPLAY | {"algorithm": "sac", "env_id": "HalfCheetah-v4", "learning_rate": 3e-4, "buffer_size": 100_000}
 SAC |= {"batch_size": 256, "train_frequency": 1, "tau": 0.005}
-STARTS, PIXELS = {"learning_starts": 1_000}, {"env_id": "Breakout-v5", "buffer_size": 20_000}
+TD3 = SAC | {"algorithm": "td3"}
+STARTS, PIXELS = {"learning_starts": 1_000}, {"env_id": "Breakout-v5", "precision": "bf16"}  # as Atari runs by default
 
 
 def flags(rules: dict, **others) -> list[str]:
@@ -89,17 +82,17 @@ def flags(rules: dict, **others) -> list[str]:
 COMPARISONS = {  # name: our agent, our flags, the peers' settings, the steps that our side takes and the peers'
     "cartpole": ("ppo", flags(CLASSIC, num_envs=4), CARTPOLE, 40_960, 20_480),
     "cartpole-defaults": ("ppo", flags({}), CARTPOLE, 204_800, 20_480),
-    "breakout": ("ppo_atari", flags(CLASSIC, env_id="Breakout-v5", num_envs=8), BREAKOUT, 5_120, 4_096),
+    "breakout": ("ppo_atari", flags(CLASSIC | PIXELS, num_envs=8), BREAKOUT, 7_168, 4_096),
     "halfcheetah": (
         "ppo_continuous_action", flags(MUJOCO, env_id="HalfCheetah-v4", num_envs=1), CHEETAH, 20_480, 12_288,
     ),
     "dqn": ("dqn", flags(STARTS, num_envs=1), DQN, 20_000, 20_000),
     "dqn-defaults": ("dqn", flags(STARTS), DQN, 60_000, 20_000),
-    "dqn-breakout": ("dqn_atari", flags(STARTS | PIXELS), DQN_BREAKOUT, 4_000, 2_000),
-    "sac": ("sac_continuous_action", flags(STARTS), SAC, 3_000, 1_000),
+    "dqn-breakout": ("dqn_atari", flags(STARTS | PIXELS, buffer_size=20_000), DQN_BREAKOUT, 4_000, 2_000),
+    "sac": ("sac_continuous_action", flags(STARTS, precision="fp32"), SAC, 3_000, 1_000),
     "sac-bf16": ("sac_continuous_action", flags(STARTS, precision="bf16"), SAC, 3_000, 1_000),
-    "td3": ("td3_continuous_action", flags(STARTS), SAC | {"algorithm": "td3"}, 3_000, 1_000),
-    "td3-bf16": ("td3_continuous_action", flags(STARTS, precision="bf16"), SAC | {"algorithm": "td3"}, 3_000, 1_000),
+    "td3": ("td3_continuous_action", flags(STARTS, precision="fp32"), TD3, 3_000, 1_000),
+    "td3-bf16": ("td3_continuous_action", flags(STARTS, precision="bf16"), TD3, 3_000, 1_000),
 }  # fmt: skip
 
 
@@ -119,10 +112,6 @@ class Args:
     """file that every comparison is appended to"""
     cache: Path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "redline"
     """folder for the peers' environments"""
-    report: bool = False
-    """measure nothing: write the table of the results into the page"""
-    page: Path = ROOT / "benchmarks/README.md"
-    """page with the table, between its markers"""
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -229,56 +218,13 @@ def compare(name: str, args: Args, pythons: dict[str, Path], failed: dict[str, s
     return rows
 
 
-# ---- table -----------------------------------------------------------------------------------------------------------
-
-
-def table(rows: list[dict]) -> str:
-    """The newest row of every comparison, peer, machine and mode in markdown."""
-    newest = {}  # {(comparison, peer, cpu, cores): {mode: row}}; a failure is that of all modes
-    for row in rows:
-        key = row["comparison"], row.get("peer_name") or next(iter(row["sps"])), row["cpu"], row["cores"]
-        measured = {mode: old for mode, old in newest.get(key, {}).items() if "failed" not in old}
-        newest[key] = {"–": row} if "failed" in row else measured | dict.fromkeys(row["ratios"], row)
-    lines = ["| Comparison | Agent | Peer | Mode | × peer's SPS | Turns | SPS | Peer's SPS | Machine | Measured |"]
-    lines += ["|---|---|---|---|---|---:|---:|---:|---|---|"]
-    for (comparison, peer, cpu, cores), modes in newest.items():
-        for mode, row in modes.items():
-            cells = ["failed: " + row.get("failed", "").replace("|", "/"), "–", "–", "–"]
-            if "failed" not in row:
-                ratios = row["ratios"][mode]
-                cells = [f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})", str(len(ratios))]
-                cells += [f"{statistics.median(row['sps'][side]):,.0f}" for side in (mode, peer)]
-            where = [f"{cpu}, {cores} core{'s' if cores > 1 else ''}", f"{row['date']} {row['commit']}"]
-            lines.append("| " + " | ".join([comparison, row["agent"], row["peer"], mode, *cells, *where]) + " |")
-    return "\n".join(lines)
-
-
-def write_table(results: Path, page: Path) -> None:
-    """Put the table of a file of results between the markers of a page; a page without them gets them at its end."""
-    if not page.exists():
-        fail(f"{page}: is not there; python benchmarks/report.py makes it")
-    text = page.read_text()
-    if BEGIN not in text:
-        text = f"{text.rstrip()}\n\n## Beside other libraries\n\n{BEGIN}\n{END}\n"
-    before, rest = text.split(BEGIN)
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
-    page.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.split(END)[1]}")
-
-
 # ---- main ------------------------------------------------------------------------------------------------------------
-
-
-def fail(message: str):
-    """End the process with one sentence on stderr, as for bad input."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def machine() -> dict:
     """What measured: commit, processor, versions, date and command."""
-    describe = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout
-    facts = {"commit": commit.strip()} | fps.describe_cpu() | {"torch": torch.__version__}
+    commit = fps.git("describe", "--always", "--dirty") or os.environ.get("REDLINE_COMMIT", "")
+    facts = {"commit": commit} | fps.describe_cpu() | {"torch": torch.__version__}
     facts |= {"python": platform.python_version(), "date": datetime.now(UTC).date().isoformat()}
     return facts | {"command": " ".join(["python benchmarks/peers.py", *sys.argv[1:]])}
 
@@ -287,8 +233,6 @@ def main(args: Args) -> None:
     for flag, names, known in (("--only", args.only, COMPARISONS), ("--peers", args.peers, PEERS)):
         if unknown := set(names) - known.keys():
             fail(f"{flag} {' '.join(sorted(unknown))}: must be among {', '.join(known)}")
-    if args.report:
-        return write_table(args.results, args.page)
     facts, pythons, failed = machine(), {}, {}
     for peer in args.peers:
         if set(args.only) & set(PEERS[peer].comparisons):

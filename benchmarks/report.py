@@ -1,10 +1,13 @@
-"""Tables and plots from benchmarks/results.jsonl, which benchmarks/fps.py fills on one machine or several.
+"""Tables and pictures of all results: what README.md, benchmarks/README.md and benchmarks/plots/ show.
 
-    python benchmarks/report.py            # write README.md, benchmarks/README.md and benchmarks/plots/
-    python benchmarks/report.py --check    # write nothing; status 1 if they are not what it would write
+    python benchmarks/report.py            # write them
+    python benchmarks/report.py --check    # write nothing; status 1 if one of them is out of date
 
-Tables go between the markers `<!-- fps:begin -->` and `<!-- fps:end -->`, and replace what is there. A configuration
-shows the runs of its newest call of fps.py on each machine: medians, with the smallest and the largest value.
+The results are results.jsonl (speed, by fps.py), peers.jsonl (speed beside other libraries, by peers.py),
+learning/*.jsonl (scores and curves, by learning.py) and published.json (scores that others publish). A generated part
+of a page stands between two lines such as `<!-- fps:begin -->` and `<!-- fps:end -->`; a page gets the parts whose
+lines it has. Agents, environments and machines are those of the files: a new one needs no line here. results.py reads
+the files, pictures.py draws.
 """
 
 import hashlib
@@ -12,42 +15,20 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable
+import textwrap
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path
-from statistics import median
 
+import pictures
+import results
 import tyro
+from results import MODES, fail, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- fps:begin -->", "<!-- fps:end -->"
-COLORS = {"env-only": "black", "eager": "tab:gray", "compile": "tab:blue", "cudagraphs": "tab:orange",
-          "compile-cudagraphs": "tab:green"}  # fmt: skip
-MODES = [*COLORS]
-SHARES = {"environments": "yellowgreen", "acting and copying": "skyblue", "learning": "sandybrown", "rest": "lightgray"}
-REQUIRED = ("started", "agent", "mode", "num_envs", "device", "cpu", "cores", "gpu", "gpu_power_limit_watts")
-PAGE = f"""# Benchmarks
-
-## Speed
-
-How fast the agents run, on which machine, and how far that is from what the environments alone can do.
-`python benchmarks/fps.py --suite quick` measures a machine, `--suite gpu` one with a GPU; each run adds a line to
-[results.jsonl](results.jsonl), from which `python benchmarks/report.py` makes this section's tables and plots.
-
-{BEGIN}
-{END}
-
-## Learning
-
-What the agents score, after how many steps and how much time. `python benchmarks/learning.py --agents ppo` trains one
-with five seeds and fills this section; each run is a line of [learning/](learning). Speed records, and what did not
-make one: [RECORDS.md](RECORDS.md).
-
-<!-- learning:begin -->
-<!-- learning:end -->
-"""
+PUBLISHED = Path(__file__).with_name("published.json")
+WIDTH = 140  # of a line in a page, addresses of links left out
+FOOTNOTES = "¹²³⁴⁵⁶⁷⁸⁹"
 
 
 @dataclass
@@ -55,114 +36,35 @@ class Args:
     check: bool = False
     """write nothing; end with status 1 if a file is not what would be written"""
     root: Path = ROOT
-    """folder with README.md and benchmarks/"""
-
-
-# ---- results ---------------------------------------------------------------------------------------------------------
-
-
-def read_results(path: Path) -> list[dict]:
-    """The records of a results file; ends with a sentence about the first line that is none."""
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError as error:
-        fail(f"{path}: {error.strerror}; benchmarks/fps.py makes it")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            missing = [key for key in REQUIRED if key not in record]
-            if "failed" not in record and not isinstance(record.get("sps"), float):
-                missing.append("sps")
-        except (ValueError, TypeError, AttributeError):
-            fail(f"{path}, line {number}: is not a record in JSON: {line[:60]!r}")
-        if missing:
-            fail(f"{path}, line {number}: is a record without {', '.join(missing)}")
-        if record["mode"] not in MODES:
-            fail(f"{path}, line {number}: has the mode {record['mode']!r}, which is none of {', '.join(MODES)}")
-        records.append(record)
-    return records or fail(f"{path}: no measurements yet; benchmarks/fps.py makes them")
-
-
-def machine(record: dict) -> str:
-    """The machine's name: its processor and, for runs on a GPU, that GPU."""
-    cpu = re.sub(r"\((R|TM)\)| CPU| Processor| @.*| \d+-Core", "", record["cpu"])
-    cpu = f"{cpu.strip()}, {record['cores']} core{'s' * (record['cores'] > 1)}"
-    if not record["device"].startswith("cuda"):
-        return cpu
-    watts = f" {record['gpu_power_limit_watts']:.0f} W" if record["gpu_power_limit_watts"] else ""
-    return f"{record['gpu']}{watts} + {cpu}"
-
-
-def summarise(records: list[dict]) -> list[dict]:
-    """One row per machine, agent, flags, environment, num_envs and mode, in this order, of its newest call of fps.py.
-
-    Speeds are in steps per second, compile times in seconds, memory in MiB; None where nothing was measured.
-    """
-
-    def place(record):
-        flags = record.get("agent_flags", "")
-        where = machine(record), record["agent"], flags, record.get("env_id") or "", record["num_envs"] or 0
-        return *where, MODES.index(record["mode"])
-
-    groups = {}
-    for record in records:
-        groups.setdefault(place(record), []).append(record)
-    rows = {}
-    for key in sorted(groups):
-        newest = max(run["started"] for run in groups[key])
-        rows[key] = {"machine": key[0]} | summarise_runs([run for run in groups[key] if run["started"] == newest])
-    for key, row in rows.items():  # only what took turns is compared
-        for name, mode in (("env_only_sps", "env-only"), ("eager_sps", "eager")):
-            other = rows.get((*key[:-1], MODES.index(mode)))
-            row[name] = other["sps"] if other and other["started"] == row["started"] else None
-    return [*rows.values()]
-
-
-def summarise_runs(runs: list[dict]) -> dict:
-    """The row of one configuration: what its runs share, and medians of what they measured."""
-
-    def values(name):
-        return [run[name] for run in runs if run.get(name) is not None]
-
-    def compile_seconds(cache):
-        return [run["compile_seconds"] for run in runs if run.get("cache") == cache and "compile_seconds" in run]
-
-    row = {"agent": f"{runs[-1]['agent']} {runs[-1].get('agent_flags', '')}".strip()}
-    shared = ("env_id", "frame_skip", "num_envs", "mode", "started", "commit", "dirty", "torch", "cuda",
-              "driver", "envpool")  # fmt: skip
-    measured = ("sps", "sps_rollout", "sps_update", "host_memory_mib", "device_memory_mib")
-    row |= {name: runs[-1].get(name) for name in shared} | {name: median(values(name) or [None]) for name in measured}
-    if "compile" in row["mode"] or "graphs" in row["mode"]:
-        row |= {cache: median(compile_seconds(cache) or [None]) for cache in ("cold", "warm")}
-    speeds = values("sps")
-    row |= {"low": min(speeds, default=None), "high": max(speeds, default=None), "runs": len(speeds)}
-    return row | {"failed": "; ".join(values("failed"))}
-
-
-def fastest(rows: list[dict]) -> list[dict]:
-    """Of every agent and environment on every machine, the row with the most steps per second."""
-    best = {}
-    for row in rows:
-        key = row["agent"], row["env_id"], row["machine"]
-        if row["mode"] != "env-only" and row["sps"] and row["sps"] > best.get(key, {"sps": 0})["sps"]:
-            best[key] = row
-    return [best[key] for key in sorted(best)]
+    """folder with README.md, agents/ and benchmarks/"""
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
+def visible(text: str) -> int:
+    """The length of a text without the addresses of its links."""
+    return len(re.sub(r"\]\([^)]*\)", "]", text))
+
+
 def markdown(header: list[str], cells: list[list[str]]) -> str:
-    """A markdown table, padded so that it can be read as it is; columns of numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *cells)]
+    """A markdown table, columns of numbers to the right; padded, unless its lines would be wider than WIDTH."""
+    widths = [max(map(visible, column)) for column in zip(header, *cells)]
     right = [all(re.match(r"-?\d|–|failed", cell) for cell in column) for column in zip(*cells)]
+    if sum(widths) + 3 * len(widths) + 1 > WIDTH:
+        widths = [3] * len(widths)
 
     def line(cells):
-        return "| " + " | ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right)) + " |"
+        spaces = [" " * (width - visible(cell)) for cell, width in zip(cells, widths)]
+        return "| " + " | ".join(s + c if r else c + s for c, s, r in zip(cells, spaces, right)) + " |"
 
     rule = ["-" * (width - 1) + (":" if r else "-") for width, r in zip(widths, right)]
     return "\n".join(map(line, [header, rule, *cells]))
+
+
+def notes(marks: dict[str, str]) -> str:
+    """What the marks of a table stand for, as a list to go below it."""
+    return "".join(f"\n- {mark} `{textwrap.shorten(text, WIDTH - 20)}`" for mark, text in marks.items())
 
 
 def number(value, form: str = ",.0f", divisor=1) -> str:
@@ -170,259 +72,226 @@ def number(value, form: str = ",.0f", divisor=1) -> str:
     return f"{value / divisor:{form}}" if value is not None and divisor else "–"
 
 
-def speed(row: dict) -> str:
-    """Median and range of a row's SPS, or why there is none."""
-    spread = f" ({number(row['low'])}–{number(row['high'])})" if row["runs"] > 1 else ""
-    return "; ".join(filter(None, [number(row["sps"]) + spread if row["sps"] else "", row["failed"] and
-                                   "failed: " + row["failed"].replace("|", "/")]))  # fmt: skip
+def decimal(value: float | None) -> str:
+    """A return with as many decimals as it bears: 20.41, 414.7, 9,635."""
+    return "–" if value is None else f"{value:,.{2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0}f}"
 
 
-def frames(row: dict) -> str:
-    """Frames per second of a row, or a dash where an agent's step is one of the game."""
-    return number(row["sps"] and row["sps"] * row["frame_skip"]) if (row["frame_skip"] or 1) > 1 else "–"
+def millions(steps: int) -> str:
+    """A number of steps: 2,000, 0.5M, 10M."""
+    return f"{round(steps / 1e6, 2):g}M" if steps >= 10_000 else f"{steps:,}"
 
 
-def source(row: dict) -> str:
-    """Day and commit of a measurement; a + after a commit that the measured code differed from."""
-    return f"{row['started'][:10]} {(row['commit'] or 'no commit')[:7]}{'+' * bool(row['dirty'])}"
+def seeds(row: dict) -> str:
+    """How many seeds came to their end, and how many did not."""
+    return f"{len(row['runs'])}" + (f" ({row['missing']} unfinished)" if row["missing"] else "")
 
 
-def short_table(rows: list[dict]) -> str:
-    """The fastest configuration of every agent on every machine."""
-    header = ["Agent", "Environment", "Machine", "Mode", "num_envs", "SPS (lowest–highest)", "Frames/s", "× eager",
-              "Env-only SPS", "Of env-only", "Measured"]  # fmt: skip
-    return markdown(header, [
-        [row["agent"], row["env_id"], row["machine"], row["mode"], str(row["num_envs"]), speed(row), frames(row),
-         number(row["sps"], ".2f", row["eager_sps"]), number(row["env_only_sps"]),
-         number(row["sps"], ".0%", row["env_only_sps"]), source(row)] for row in fastest(rows)
-    ])  # fmt: skip
+def over_published(row: dict) -> str:
+    """Score over published score; of two below 0 the other way round, so that above 1 is always the better score."""
+    ours, theirs = row["score"], row["published"] and row["published"]["mean"]
+    if not ours or not theirs or ours * theirs < 0:
+        return "–"
+    return f"{ours / theirs if ours > 0 else theirs / ours:.2f}"
+
+
+def learning_table(rows: list[dict]) -> str:
+    """A line for each environment, agent, settings and length; the settings other than the default below."""
+    header = ["Environment", "Agent", "Steps", "Seeds", "IQM (95 % interval)", "Published", "Source", "Ratio"]
+    cells = []
+    for row in rows:
+        score, figure, theirs, source = decimal(row["score"]), row["published"], "–", "–"
+        if row["interval"]:
+            score += f" ({' to '.join(map(decimal, row['interval']))})"
+        if figure:
+            theirs = f"{decimal(figure['mean'])} ± {decimal(figure['std'])} at {millions(figure['steps'])}"
+            source = f"[{figure['source'].split()[0]}]({figure['url']})"
+        cells.append([row["env_id"], row["agent"] + row["mark"], millions(row["steps"]), seeds(row), score, theirs,
+                      source, over_published(row)])  # fmt: skip
+    marks = {row["mark"].strip(): row["settings"] for row in rows if row["mark"]}
+    return f"{markdown(header, cells)}\n{notes(marks)}".strip() if rows else "No results yet."
+
+
+def peers_table(rows: list[dict]) -> str:
+    """A line for each comparison, peer and mode, in a section for each machine."""
+    header = ["Comparison", "Agent", "Peer", "Mode", "Ratio of SPS", "Turns", "SPS", "Peer's SPS", "Measured"]
+    rows = sorted(rows, key=lambda row: (row["machine"], row["comparison"], row["peer"], MODES.index(row["mode"])))
+    sections = []
+    for name, group in groupby(rows, lambda row: row["machine"]):
+        cells = [
+            [row["comparison"], row["agent"], row["peer"].replace("stable-baselines3", "SB3").replace("==", " "),
+             row["mode"], f"{row['ratio']:.2f} ({min(row['ratios']):.2f}–{max(row['ratios']):.2f})",
+             str(len(row["ratios"])), number(row["ours"]), number(row["theirs"]),
+             measured(row["date"], row["commit"], row["commit"].endswith("dirty"))]
+            for row in group
+        ]  # fmt: skip
+        sections.append(f"### Peers on {name}\n\n{markdown(header, cells)}")
+    return "\n\n".join(sections) or "No results yet."
 
 
 def full_table(rows: list[dict]) -> str:
-    """Every configuration, a section for each machine."""
-    header = ["Agent", "Environment", "num_envs", "Mode", "Runs", "SPS (lowest–highest)", "Frames/s", "× eager",
-              "Of env-only", "Rollout SPS", "Update SPS", "Compile s, cold", "warm", "Host GiB", "GPU GiB",
-              "Measured"]  # fmt: skip
-    sections = []
-    for name, group in groupby(rows, lambda row: row["machine"]):
-        group = list(group)
-        newest = max(group, key=lambda row: row["started"])
+    """Every configuration of fps.py, a section for each machine: a table of speeds and one of costs."""
+    speed_header = ["Agent", "Environment", "Envs", "Mode", "Runs", "SPS (lowest–highest)", "× eager", "Of env-only"]
+    cost_header = ["Agent", "Envs", "Mode", "Rollout SPS", "Update SPS", "Cold s", "Shared s", "Warm s", "Host GiB",
+                   "GPU GiB", "Measured"]  # fmt: skip
+    marks, sections = {}, []
+    for name in dict.fromkeys(row["machine"] for row in rows):
+        here, speeds, costs = [row for row in rows if row["machine"] == name], [], []
+        for row in here:
+            agent, _, flags = row["agent"].partition(" ")
+            agent += f" ({marks.setdefault(flags, len(marks) + 1)})" if flags else ""
+            envs, eager, alone = str(row["num_envs"] or "–"), row["eager_sps"], row["env_only_sps"]
+            if row["mode"] == "env-only":
+                eager = alone = None
+            else:
+                costs.append([agent, envs, row["mode"], number(row["sps_rollout"]), number(row["sps_update"]),
+                              *(number(row[cache], ".1f") for cache in ("cold", "shared", "warm")),
+                              number(row["host_memory_mib"], ".1f", 1024),
+                              number(row["device_memory_mib"], ".1f", 1024),
+                              measured(row["started"], row["commit"], row["dirty"])])  # fmt: skip
+            speeds.append([agent, row["env_id"] or "–", envs, row["mode"], str(row["runs"]), speed(row),
+                           number(row["sps"], ".2f", eager), number(row["sps"], ".0%", alone)])  # fmt: skip
+        newest = max(here, key=lambda row: row["started"])
         versions = [f"{word} {newest[word]}" for word in ("torch", "cuda", "driver", "envpool") if newest[word]]
-        cells = [
-            [row["agent"], row["env_id"] or "–", str(row["num_envs"] or "–"), row["mode"], str(row["runs"]), speed(row),
-             frames(row), number(row["sps"], ".2f", row["mode"] != "env-only" and row["eager_sps"]),
-             number(row["sps"], ".0%", row["mode"] != "env-only" and row["env_only_sps"]), number(row["sps_rollout"]),
-             number(row["sps_update"]), number(row.get("cold"), ".1f"), number(row.get("warm"), ".1f"),
-             number(row["host_memory_mib"], ".1f", 1024), number(row["device_memory_mib"], ".1f", 1024), source(row)]
-            for row in group
-        ]  # fmt: skip
-        sections.append(f"### {name}\n\n{', '.join(versions)}\n\n{markdown(header, cells)}")
-    return "\n\n".join(sections)
+        tables = [markdown(speed_header, speeds), *([markdown(cost_header, costs)] if costs else [])]
+        sections.append("\n\n".join([f"### Speed on {name}", f"{', '.join(versions)}.", *tables]))
+    text = "\n\n".join(sections) + "\n" + notes({f"({mark})": flags for flags, mark in marks.items()})
+    return text.strip() or "No results yet."
 
 
-# ---- plots -----------------------------------------------------------------------------------------------------------
+def speed(row: dict) -> str:
+    """Median and range of a row's SPS, or why there is none."""
+    if not row["sps"]:
+        return f"failed: {row['failed'][:70]}".replace("|", "/")
+    return number(row["sps"]) + (f" ({number(row['low'])}–{number(row['high'])})" if row["runs"] > 1 else "")
 
 
-def panels(rows: list[dict], heights, columns: int = 1, width: float = 10):
-    """An empty figure with a row of panels for every agent and environment: [(title, its rows, axes), ...]."""
-    from matplotlib.figure import Figure
-
-    agents = {}
-    for row in rows:
-        agents.setdefault((row["agent"], row["env_id"]), []).append(row)
-    tall = [heights(group) for group in agents.values()]
-    figure = Figure((width, sum(tall) + 0.6), layout="constrained", dpi=100)
-    axes = figure.subplots(len(agents), columns, squeeze=False, height_ratios=tall)
-    titles = [f"{agent} on {env_id}" for agent, env_id in agents]
-    return figure, list(zip(titles, agents.values(), axes))
+def measured(date: str, commit: str | None, dirty) -> str:
+    """Day and commit of a measurement; a + after a commit that the measured code differed from."""
+    return f"{date[:10]} {(commit or 'no commit')[:7]}{'+' * bool(dirty)}"
 
 
-def bar_names(axis, names: list[str]) -> None:
-    """Name the horizontal bars 0, 1, ... of a panel, the first on top."""
-    axis.set_yticks(range(len(names)), names, fontsize=9)
-    axis.set_ylim(len(names) - 0.4, -0.6)
-    axis.spines[["top", "right"]].set_visible(False)
+def agents_table(agents: list[dict], learned: list[dict], setups: dict[str, list]) -> str:
+    """README's table: every agent with its score on its headline environment and its fastest speed."""
+    kinds = ["CPU", *(kind for kind in setups if kind != "CPU")]
+    fastest = {kind: {rows[0]["agent"]: rows[0] for rows in setups.get(kind, [])} for kind in kinds}
+    machines, cells, star = {}, [], ""
+    for about in agents:
+        name = about["agent"]
+        rows = [row for row in learned if row["agent"] == name and row["score"] is not None]
+        trained = [row["env_id"] for row in rows for _ in row["runs"]]
+        env_id = about["env_id"]
+        if trained and env_id not in trained:
+            env_id = max(sorted(trained), key=trained.count)
+        rows = [row for row in rows if row["env_id"] == env_id]
+        row = max(rows, key=lambda row: (not row["settings"], row["steps"]), default=None)
+        result = ["–", "–", "–", "–"]
+        if row:
+            own, figure = "\\*" * bool(row["settings"]), row["published"]
+            star = own or star
+            theirs = f"{decimal(figure['mean'])} at {millions(figure['steps'])}" if figure else "–"
+            result = [decimal(row["score"]) + own, millions(row["steps"]), seeds(row), theirs]
+        for kind in kinds:
+            result.append("–")
+            if best := fastest[kind].get(name):
+                mark = FOOTNOTES[machines.setdefault(best["machine"], len(machines))]
+                result[-1] = f"{number(best['sps'])} {mark}"
+        cells.append([f"[{name}.py](agents/{name}.py)", about["algorithm"], env_id or "–", *result])
+    header = ["Agent", "Algorithm", "Environment", "Score", "Steps", "Seeds", "Published"]
+    header += [f"SPS, {kind}" for kind in kinds]
+    below = ["Score: interquartile mean over the seeds of the return in whole games after training. "
+             "SPS: agent steps per second over all environments."]  # fmt: skip
+    below += [f"{mark} {name}." for mark, name in zip(FOOTNOTES, machines)]
+    below += [f"{star} With [settings of its own](benchmarks/README.md#learning)."] if star else []
+    return f"{markdown(header, cells)}\n\n{textwrap.fill(' '.join(below), 120)}" if agents else "No agents yet."
 
 
-def legend(figure, colors: dict) -> None:
-    """Explain colours once for all panels, above them."""
-    from matplotlib.patches import Patch
-
-    handles = [Patch(color=color, label=name) for name, color in colors.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
-
-
-def plot_devices(rows: list[dict]):
-    """Steps per second by machine: bars with the range of the runs, a panel for every agent."""
-    best = fastest(rows)
-    figure, parts = panels(best, lambda group: 0.9 + 0.6 * len(group))
-    for title, group, (axis,) in parts:
-        group = sorted(group, key=lambda row: -row["sps"])
-        for y, row in enumerate(group):
-            error = [[row["sps"] - row["low"]], [row["high"] - row["sps"]]]
-            axis.barh(y, row["sps"], 0.6, xerr=error, color=COLORS[row["mode"]], capsize=3)
-            share = f", {row['sps'] / row['env_only_sps']:.0%} of env-only" if row["env_only_sps"] else ""
-            also = f" = {frames(row)} frames/s" if (row["frame_skip"] or 1) > 1 else ""
-            text = f"{row['sps']:,.0f} SPS{also}\n{row['num_envs']} envs{share}"
-            axis.annotate(text, (row["high"], y), (6, 0), textcoords="offset points", va="center", fontsize=8)
-        bar_names(axis, [wrap(row["machine"]) for row in group])
-        axis.set_xlim(0, 1.45 * max(row["high"] for row in group))
-        axis.set(title=title, xlabel="agent steps per second (SPS)")
-        axis.xaxis.set_major_formatter("{x:,.0f}")
-    legend(figure, {mode: color for mode, color in COLORS.items() if mode in {row["mode"] for row in best}})
-    return figure
-
-
-def plot_num_envs(rows: list[dict]):
-    """Steps per second against num_envs in every mode, under those of the environments alone."""
-    from matplotlib.ticker import LogLocator
-
-    rows = [row for row in rows if row["sps"]]
-    machines = sorted({row["machine"] for row in rows})
-    figure, parts = panels(rows, lambda _: 3.6, len(machines), 1 + 4.5 * len(machines))
-    for title, group, axes in parts:
-        for name, axis in zip(machines, axes):
-            here = [row for row in group if row["machine"] == name]
-            axis.set_visible(bool(here))
-            if axis is not axes[0]:
-                axis.sharey(axes[0])
-            for mode, color in COLORS.items():
-                line = [row for row in here if row["mode"] == mode]
-                speeds = [row["sps"] for row in line]
-                error = [[row["sps"] - row["low"] for row in line], [row["high"] - row["sps"] for row in line]]
-                axis.errorbar([row["num_envs"] for row in line], speeds, error, color=color, marker="o", capsize=3,
-                              linestyle="--" if mode == "env-only" else "-")  # fmt: skip
-            axis.set(title=f"{title}\n{wrap(name)}", xlabel="num_envs", ylabel="agent steps per second (SPS)")
-            axis.set(xscale="log", yscale="log")
-            axis.set_xticks(sizes := sorted({row["num_envs"] for row in group}), sizes)
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter("{x:,.0f}")
-            axis.minorticks_off()
-            axis.grid(alpha=0.3)
-    legend(figure, COLORS)
-    return figure
-
-
-def plot_iteration(rows: list[dict]):
-    """Where the time of an iteration goes: its shares, with the fastest num_envs of every machine."""
-    chosen = {(row["machine"], row["agent"], row["env_id"], row["num_envs"]) for row in fastest(rows)}
-    shown = [
-        row for row in rows
-        if row["sps_rollout"] and (row["machine"], row["agent"], row["env_id"], row["num_envs"]) in chosen
-    ]  # fmt: skip
-    figure, parts = panels(shown, lambda group: 0.9 + 0.6 * len(group))
-    for title, group, (axis,) in parts:
-        for y, row in enumerate(group):
-            left = 0
-            for share, color in zip(time_shares(row), SHARES.values()):
-                axis.barh(y, 100 * share, 0.6, left, color=color)
-                if share > 0.05:
-                    axis.text(left + 50 * share, y, f"{share:.0%}", ha="center", va="center")
-                left += 100 * share
-            axis.text(101, y, f"{1e6 / row['sps']:,.1f} µs a step", va="center")
-        bar_names(axis, [f"{wrap(row['machine'])}\n{row['mode']}, {row['num_envs']} envs" for row in group])
-        axis.set(title=title, xlabel="% of an iteration's time", xlim=(0, 120), xticks=range(0, 101, 20))
-    legend(figure, SHARES)
-    return figure
-
-
-def time_shares(row: dict) -> tuple[float, float, float, float]:
-    """Fractions of an iteration's time that go into each of SHARES; of the environments, what they take alone."""
-    rollout, learning = 1 / row["sps_rollout"], 1 / row["sps_update"]
-    envs = min(rollout, 1 / row["env_only_sps"]) if row["env_only_sps"] else 0
-    total = max(1 / row["sps"], rollout + learning)  # three medians, each of its own run
-    return envs / total, (rollout - envs) / total, learning / total, 1 - (rollout + learning) / total
-
-
-def wrap(name: str) -> str:
-    """A machine's name on two lines if it has a GPU."""
-    return name.replace(" + ", "\n+ ")
+def claim(peers: list[dict]) -> str:
+    """README's sentence on speed: the ratios over Stable-Baselines3 under equal settings, machine by machine."""
+    faster, equal = {}, []
+    for row in results.over_sb3(peers):
+        name, env = row["agent"].split("_")[0].upper(), results.base_name(row["peer_settings"]["env_id"])
+        if min(row["ratios"]) > 1:
+            faster.setdefault(row["machine"], []).append(f"{name} {row['ratio']:.1f} × on {env}")
+        else:
+            equal.append(f"{name} on {env} is as fast ({row['ratio']:.1f} ×, {row['machine']})")
+    if not faster:
+        return "No results yet."
+    peer = results.over_sb3(peers)[-1]["peer"].replace("stable-baselines3==", "Stable-Baselines3 ")
+    text = f"With equal hyperparameters on the same CPU, the agents take more steps a second than {peer}: "
+    text += "; ".join([*(f"on {where}, {', '.join(sorted(words))}" for where, words in faster.items()), *equal])
+    text = textwrap.fill(f"{text}. On Atari ours compute in bf16, theirs in fp32.", 120)
+    return text + "\n[How it was measured](benchmarks/README.md#peers), [all turns](benchmarks/peers.jsonl)."
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-PLOTS = {"sps_by_device.png": plot_devices, "sps_by_num_envs.png": plot_num_envs, "iteration_time.png": plot_iteration}
-NOTE = """SPS is agent steps per second over all environments: the median of the runs, with the lowest and the highest.
-Frames per second = SPS × frame_skip. "Env-only" is the SPS of the same environments, as many of them and with as many
-threads, under random actions: what the agent would reach if acting and learning took no time. A `+` after the commit
-marks measured code that differs from it."""
+def fill(path: Path, blocks: dict[str, str]) -> bytes:
+    """The page at `path` with each block between its markers, where the page has them."""
+    text = path.read_text()
+    for name, block in blocks.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if begin in text or end in text:
+            if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+                fail(f"{path}: needs one line {begin} and after it one line {end}")
+            text = f"{text[: text.index(begin)]}{begin}\n{block}\n{text[text.index(end) :]}"
+    return text.encode()
 
 
-def readme_block(rows: list[dict]) -> str:
-    """What goes between the markers of README.md."""
-    return f"{short_table(rows)}\n\n{NOTE}\n\n![Steps per second by machine](benchmarks/plots/sps_by_device.png)"
-
-
-def benchmarks_block(rows: list[dict]) -> str:
-    """What goes between the markers of benchmarks/README.md."""
-    pictures = [
-        "![Steps per second by machine](plots/sps_by_device.png)",
-        "![Steps per second against num_envs](plots/sps_by_num_envs.png)",
-        "![Where the time of an iteration goes](plots/iteration_time.png)",
-    ]
-    return "\n\n".join([NOTE, short_table(rows), *pictures, full_table(rows)])
-
-
-def fill(path: Path, default: str | None, block: str, begin: str = BEGIN, end: str = END) -> bytes:
-    """The page at `path`, or `default` if there is none, with `block` between its markers."""
-    text = path.read_text() if path.is_file() else default
-    if text is None:
-        fail(f"{path}: is not there; it needs the lines {begin} and {end}, for the tables to go between")
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        fail(f"{path}: needs one line {begin} and after it one line {end}, for the tables to go between")
-    return f"{text[: text.index(begin)]}{begin}\n{block}\n{text[text.index(end) :]}".encode()
-
-
-def publish(script: str, files: dict[Path, bytes], pictures: dict[Path, tuple[str, Callable]], check: bool) -> int:
-    """Write what is out of date, or with `check` only name it and the `script` to run; returns the exit status.
-
-    `files` have their content, `pictures` a digest of what they show and a function that draws the figure:
-    matplotlib's files differ from version to version, so one is up to date if it carries the digest.
-    """
-    stale = [path for path, content in files.items() if not path.is_file() or path.read_bytes() != content]
-    for path, (digest, _) in pictures.items():
-        if not path.is_file() or digest.encode() not in path.read_bytes():
-            stale.append(path)
-    if check:
-        for path in stale:
-            print(f"{path} is out of date: run python benchmarks/{script}", file=sys.stderr)
-        return int(bool(stale))
-    for path in stale:
-        if path in pictures:
-            digest, draw = pictures[path]
-            draw().savefig(picture := io.BytesIO(), metadata={"Software": None, "Source": digest})
-            files |= {path: picture.getvalue()}
-    for path in stale:
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(files[path])
-        print(f"wrote {path}")
-    return 0
-
-
-def fail(message: str, status: int = 2):
-    """End the process with one sentence on stderr: status 2 for bad input, 1 for a failure while running."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(status)
+def collect(root: Path) -> tuple[dict, dict]:
+    """All pages with their content, and all pictures with the files that each is made from and what draws it."""
+    folder = root / "benchmarks"
+    runs, turns, training = folder / "results.jsonl", folder / "peers.jsonl", folder / "learning"
+    speeds = summarise(results.read_speeds(runs))
+    setups = results.fastest_setups(speeds)
+    peers = results.newest_peers(results.read_peers(turns))
+    learned = results.summarise_learning(results.read_learning(training), json.loads(PUBLISHED.read_text())["figures"])
+    agents = results.describe_agents(root / "agents")
+    readme = {"agents": agents_table(agents, learned, setups), "claim": claim(peers)}
+    page = {"learning": learning_table(learned), "peers": peers_table(peers), "fps": full_table(speeds)}
+    pages = {path: fill(path, blocks) for path, blocks in ((root / "README.md", readme), (folder / "README.md", page))}
+    drawn, ratios = {}, {row["agent"]: row["ratio"] for row in results.over_sb3(peers)}
+    if curves := [row for row in learned if results.curves(row)]:
+        sources = [*sorted(training.glob("*.jsonl")), PUBLISHED]
+        drawn["learning.png"] = sources, lambda: pictures.plot_learning(list(map(results.with_curve, curves)))
+    if setups:
+        drawn["speed.png"] = [runs, turns], lambda: pictures.plot_speed(setups, ratios)
+        drawn["iteration_time.png"] = [runs], lambda: pictures.plot_iteration(setups)
+    return pages, {folder / "plots" / name: picture for name, picture in drawn.items()}
 
 
 def main(args: Args) -> int:
-    """Write what is out of date, or with `check` only name it; returns the exit status."""
-    folder, readme = args.root / "benchmarks", args.root / "README.md"
-    rows = summarise(read_results(folder / "results.jsonl"))
-    files = {
-        readme: fill(readme, None, readme_block(rows)),
-        folder / "README.md": fill(folder / "README.md", PAGE, benchmarks_block(rows)),
-    }
-    digest = hashlib.sha256(Path(__file__).read_bytes() + (folder / "results.jsonl").read_bytes()).hexdigest()
-    pictures = {folder / "plots" / name: (digest, partial(draw, rows)) for name, draw in PLOTS.items()}
-    return publish("report.py", files, pictures, args.check)
+    """Write what is out of date, or with `check` only name it; returns the exit status.
+
+    A picture carries a digest of the files that it is made from: its own bytes differ between versions of matplotlib.
+    """
+    code = [Path(module.__file__) for module in (pictures, results)]
+    pages, drawn = collect(args.root)
+    stale = [path for path, content in pages.items() if path.read_bytes() != content]
+    for path, (sources, draw) in drawn.items():
+        content = b"".join(source.read_bytes() for source in (*code, *sources) if source.is_file())
+        digest = hashlib.sha256(content).hexdigest()
+        if path.is_file() and digest.encode() in path.read_bytes():
+            continue
+        stale.append(path)
+        if not args.check:
+            draw().savefig(file := io.BytesIO(), metadata={"Software": None, "Source": digest})
+            pages[path] = file.getvalue()
+    for path in stale:
+        if args.check:
+            print(f"{path} is out of date: run python benchmarks/report.py", file=sys.stderr)
+        else:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(pages[path])
+            print(f"wrote {path}")
+    return int(args.check and bool(stale))
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(tyro.cli(Args, description=__doc__)))
     except ImportError as error:
-        fail(f"the plots need matplotlib ({error})", status=1)
+        fail(f"the pictures need matplotlib ({error})", status=1)
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}", status=1)

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import io
 import json
 import os
 import re
@@ -10,7 +11,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -30,7 +33,7 @@ SMALL_ATARI = {"env_id": "Breakout-v5", "num_envs": 2, "frame_skip": 16, "update
 SMALL_ATARI |= {"end_e": 0.3}  # for scores other than 0
 SMALL_CONTINUOUS = {"env_id": "LunarLanderContinuous-v3", "num_steps": 64}  # quick to end, and to draw
 SMALL_CONTINUOUS |= {"learning_starts": 600}  # some games
-KEPT = {"config.json", "checkpoint.pt", "summary.json"}  # beside the event file and the copy of the script
+KEPT = {".lock", "config.json", "checkpoint.pt", "summary.json"}  # beside the event file and the copy of the script
 
 
 def pytest_addoption(parser):
@@ -49,10 +52,14 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def same_precision():
-    """How exactly numbers are computed, which the agents set for their process, is as before after every test."""
-    before = torch.get_float32_matmul_precision()
+    """What the agents set for their process is as before after every test."""
+    backends = [torch.backends, torch.backends.mkldnn, torch.backends.cudnn]
+    before = [b.fp32_precision for b in backends], torch.get_num_threads(), torch.backends.cudnn.benchmark
     yield
-    torch.set_float32_matmul_precision(before)
+    for backend, precision in zip(backends, before[0]):
+        backend.fp32_precision = precision
+    torch.set_num_threads(before[1])
+    torch.backends.cudnn.benchmark = before[2]
     torch.set_flush_denormal(False)
 
 
@@ -146,12 +153,9 @@ class Result:
 
     @property
     def messages(self) -> list[str]:
-        """Lines of stderr, less the size of a replay buffer, which every run tells that has one, and less the progress
-        bar, which draws itself over and over after a carriage return.
-        """
-        lines = re.split("[\r\n]+", self.stderr)
-        lines = [line for line in lines if not line.startswith("replay buffer: ")]
-        return [line for line in lines if line.strip() and not line.rstrip().endswith("]")]
+        """Lines of stderr, less the progress bar, which draws itself over and over after a carriage return."""
+        lines = [line for line in re.split("[\r\n]+", self.stderr) if line.strip()]
+        return [line for line in lines if not re.search(r"\d+%\|.*\]$", line.rstrip())]
 
 
 def final_json(result: Result) -> dict:
@@ -184,30 +188,37 @@ def run_agent(agent: str, *argv, cwd: Path | None = None, **options) -> Result:
     return finish(start_agent(agent, *argv, cwd=cwd, **options))
 
 
-@pytest.fixture
-def cli(tmp_path, monkeypatch, capfd):
+def call_main(agent: str, argv, cwd: Path) -> int:
     """Run an agent's file as `__main__` inside this process: the command line without seconds of imports.
 
     An exception that a user would see as a traceback comes out as itself and fails the test.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def call(agent: str, *argv) -> Result:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [str(script(agent)), *map(str, argv)])
-        capfd.readouterr()
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():  # as outside of pytest: shown on stderr
+        warnings.showwarning = lambda message, *_, **__: print(message, file=sys.stderr)
+        for category in (DeprecationWarning, PendingDeprecationWarning, ResourceWarning, ImportWarning):
+            warnings.simplefilter("ignore", category)
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [str(script(agent)), *map(str, argv)])
+        patch.setattr(os, "_exit", sys.exit)
+        patch.setattr(threading, "excepthook", threading.excepthook)
         try:
-            with warnings.catch_warnings():  # as outside of pytest: shown on stderr
-                warnings.showwarning = lambda message, *_, **__: print(message, file=sys.stderr)
-                for category in (DeprecationWarning, PendingDeprecationWarning, ResourceWarning, ImportWarning):
-                    warnings.simplefilter("ignore", category)
-                runpy.run_path(str(script(agent)), run_name="__main__")
-            status = 0
+            runpy.run_path(str(script(agent)), run_name="__main__")
+            return 0
         except SystemExit as end:
-            status = end.code
+            return end.code
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+@pytest.fixture
+def cli(tmp_path, capfd):
+    """cli(agent, *argv) runs it in this process, in the folder tmp_path, and returns what it ended with."""
+
+    def call(agent: str, *argv) -> Result:
+        capfd.readouterr()
+        status = call_main(agent, argv, tmp_path)
         return Result(status, *capfd.readouterr())
 
     return call
@@ -233,12 +244,14 @@ class Run:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """runs(agent): a finished tiny run of it, made by one run of its command line for the whole session."""
+    """runs(agent): a finished tiny run of it, made once for the whole session, in this process."""
 
     @functools.cache
     def make(agent: str) -> Run:
         cwd, argv = tmp_path_factory.mktemp(agent), tiny(agent, seed=1, run_dir="run")
-        return Run(agent, argv, cwd / "run", run_agent(agent, *argv, cwd=cwd))
+        with redirect_stdout(io.StringIO()) as stdout, redirect_stderr(io.StringIO()) as stderr:
+            status = call_main(agent, argv, cwd)
+        return Run(agent, argv, cwd / "run", Result(status, stdout.getvalue(), stderr.getvalue()))
 
     return make
 

@@ -1,273 +1,302 @@
-"""benchmarks/fps.py measures what there is and survives what fails; benchmarks/report.py shows what was measured."""
+"""benchmarks/report.py: rows and tables from results, made up ones here (tests/test_docs.py has the committed ones)."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).parent / "data"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import fps  # noqa: E402
+import pictures  # noqa: E402
 import report  # noqa: E402
+from results import (  # noqa: E402
+    align,
+    fastest_setups,
+    interval,
+    iqm,
+    newest_batch,
+    newest_peers,
+    read_peers,
+    read_speeds,
+    smooth,
+    summarise_learning,
+)
 
-# What fps.py relies on in an agent, in no time and without torch: "compile" fails, "cudagraphs" hangs. The profiler,
-# which imports torch, makes it multiply as many matrices in an iteration as the iteration's number says.
-FAKE_AGENT = """
-import argparse, json, os, sys, time
-from pathlib import Path
-from types import SimpleNamespace
-from tqdm import tqdm
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser()
-    for flag in ("--device", "--mode", "--run-dir"):
-        parser.add_argument(flag, default="auto")
-    for flag in ("--num-envs", "--total-timesteps", "--eval-episodes"):
-        parser.add_argument(flag, type=int, default=4)
-    args = parser.parse_args(argv)
-    args.env_id, args.seed, args.num_steps, args.frame_skip = "Fake-v5", 1, 10, 4
-    return args
-
-def make_envs(args, num_envs, seed):
-    space = SimpleNamespace(sample=lambda: 1)
-    return SimpleNamespace(single_action_space=space, reset=lambda: None, step=lambda actions: time.sleep(0.001))
-
-if __name__ == "__main__":
-    args = parse_args()
-    if args.mode == "compile":
-        print("before", "error: --mode compile: no compiler here", "after", sep="\\n", file=sys.stderr)
-        sys.exit(2)
-    if args.mode == "cudagraphs":
-        Path(__file__).with_suffix(".pid").write_text(str(os.getpid()))
-        time.sleep(60)
-    if torch := sys.modules.get("torch"):
-        bar = tqdm(total=args.total_timesteps)
-        for iteration in range(1, 1 + args.total_timesteps // (10 * args.num_envs)):
-            tqdm(disable=True).update()  # as the compiler's
-            for _ in range(iteration):
-                torch.mm(torch.ones(2, 2), torch.ones(2, 2))
-            bar.update(10 * args.num_envs)
-    summary = {"env_id": args.env_id, "num_envs": args.num_envs, "device": "cpu", "sps": 1000.0, "sps_rollout": 2000.0,
-               "sps_update": 2000.0, "compile_seconds": 0.5, "wall_seconds": 1.0, "global_step": args.total_timesteps}
-    print(json.dumps(summary))
-    sys.exit(0)
-"""
-
-
-@pytest.fixture
-def agent(tmp_path):
-    path = tmp_path / "fake_agent.py"
-    path.write_text(FAKE_AGENT)
-    return path
-
-
-@pytest.fixture
-def results(tmp_path):
-    return tmp_path / "results.jsonl"
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-# ---- fps.py ----------------------------------------------------------------------------------------------------------
-
-
-def test_takes_turns_and_goes_on_after_a_failure(agent, results, capsys):
-    modes = ("compile", "eager")
-    args = fps.Args(agents=(str(agent),), modes=modes, num_envs=(8,), repeats=2, seconds=0.5, results=results)
-    assert fps.main(args) == 1
-    records = read_lines(results)
-    assert [record["mode"] for record in records] == ["env-only", "compile", "eager", "env-only", "eager"]
-    for record in records:
-        assert (record["agent"], record["env_id"], record["frame_skip"], record["num_envs"]) == (
-            "fake_agent", "Fake-v5", 4, 8)  # fmt: skip
-        assert record["dirty"] is True  # this agent is in no commit
-        assert record["torch"] and record["envpool"] and record["cpu"] and record["cores"] >= 1
-        assert record["command"].startswith("python benchmarks/fps.py") and record["date"] >= record["started"]
-        assert {"commit", "dirty", "gpu", "gpu_count", "gpu_power_limit_watts", "driver"} <= record.keys()
-    env_only, compiled, cold, _, warm = records
-    assert compiled["failed"] == "--mode compile: no compiler here (exit status 2)" and "sps" not in compiled
-    assert 0 < env_only["sps"] < 8 * 1000 and "cache" not in env_only  # a step of all 8 takes over 1 ms
-    assert (cold["cache"], warm["cache"]) == ("cold", "warm")
-    assert 1 < warm["host_memory_mib"] < 1000
-    assert warm["global_step"] == 80 * (1 + 7)  # 0.5 s at 1000 SPS are 7 iterations of 8 x 10 steps, after the first
-    assert warm["agent_command"] == (
-        "python fake_agent.py --device auto --num-envs 8 --mode eager --total-timesteps 640 --eval-episodes 0"
-    )
-    assert capsys.readouterr().out.count("failed: --mode compile: no compiler here") == 2  # at once, and at the end
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_keeps_what_it_measured(agent, results, number):
-    command = [sys.executable, ROOT / "benchmarks/fps.py", "--agents", agent, "--modes", "eager", "cudagraphs"]
-    command += ["--seconds", "0.1", "--results", results]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a job in the background has none
-    )  # fmt: skip
-    pid = agent.with_suffix(".pid")
-    while process.poll() is None and not (pid.is_file() and pid.read_text()):
-        time.sleep(0.05)  # until the mode that hangs is running
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert [record["mode"] for record in read_lines(results)] == ["env-only", "eager"]
-    assert "2 runs" in out and "Traceback" not in err
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)
-
-
-def test_time_limit_ends_a_run_that_hangs(agent, results, capsys):
-    args = fps.Args(agents=(str(agent),), modes=("cudagraphs",), seconds=0.1, minutes=0.06, results=results)
-    assert fps.main(args) == 0
-    assert {record["mode"] for record in read_lines(results)} <= {"env-only"}
-    assert "the time is up" in capsys.readouterr().err
-
-
-def test_profile_records_one_iteration(agent, results, tmp_path, capsys):
-    args = fps.Args(agents=(str(agent),), modes=("eager",), profile=True, profile_dir=tmp_path, results=results)
-    assert fps.main(args) == 0 and not results.exists()
-    events = json.loads((tmp_path / "fake_agent_eager_4.json").read_text())["traceEvents"]
-    assert [event["name"] for event in events].count("aten::mm") == 2  # the second iteration, and no other
-    assert "aten::mm" in (tmp_path / "fake_agent_eager_4.txt").read_text()
-    assert "aten::mm" in capsys.readouterr().out
-
-
-def test_a_real_agent(results):
-    args = fps.Args(agents=("ppo",), modes=("eager",), num_envs=(4,), device="cpu", repeats=1, seconds=0.1,
-                    agent_flags="--num-steps 16 --env-id Acrobot-v1", results=results)  # fmt: skip
-    assert fps.main(args) == 0
-    env_only, eager = read_lines(results)
-    for record in (env_only, eager):
-        assert (record["env_id"], record["num_envs"], record["frame_skip"]) == ("Acrobot-v1", 4, 1)
-        assert record["agent_flags"] == "--num-steps 16"
-        assert record["host_memory_mib"] > 100 and record["device_memory_mib"] is None
-    assert eager["sps"] < min(eager["sps_rollout"], eager["sps_update"], env_only["sps"])
-
-
-def test_every_agent_file_is_found():
-    assert [path.stem for path in fps.find_agents(())] == sorted(path.stem for path in (ROOT / "agents").glob("*.py"))
-    with pytest.raises(SystemExit):
-        fps.find_agents(["pp"])
-
-
-def test_suites(monkeypatch):
-    monkeypatch.setattr(fps, "find_agents", lambda names: ["a", "b"])
-    gpu = fps.configurations(fps.parse_args(["--suite", "gpu"]), gpu=True)
-    assert gpu[:4] == [("a", "env-only", 128), ("b", "env-only", 128), ("a", "eager", 128), ("b", "eager", 128)]
-    fastest = [num_envs for agent, mode, num_envs in gpu if (agent, mode) == ("b", "compile-cudagraphs")]
-    assert sorted(fastest) == [8, 32, 128, 512] and len(gpu) == len(set(gpu)) == 2 * (4 + 4 + 3)
-    quick = fps.parse_args(["--suite", "quick", "--repeats", "7"])
-    assert quick.repeats == 7 and quick.minutes < 3
-    assert [mode for agent, mode, _ in fps.configurations(quick, gpu=False) if agent == "a"] == [
-        "env-only", "eager", "compile"]  # fmt: skip
-
-
-@pytest.mark.parametrize("before", ["", '{"a": 1}\n', '{"a": 1}\n{"torn'])
-def test_append_leaves_other_lines_alone(results, before):
-    results.write_text(before)
-    fps.append(results, {"b": 2})
-    assert results.read_text() == before + ("\n" if before.endswith("torn") else "") + '{"b": 2}\n'
-
-
-# ---- report.py -------------------------------------------------------------------------------------------------------
+PAGE = "before\n<!-- {0}:begin -->\nold\n<!-- {0}:end -->\nafter\n"
 
 
 @pytest.fixture
 def project(tmp_path):
-    """A folder with measurements and a README that waits for its tables."""
-    (tmp_path / "benchmarks").mkdir()
+    """A folder with measurements, an agent, and two pages that wait for their tables."""
+    (tmp_path / "benchmarks/learning").mkdir(parents=True)
+    (tmp_path / "agents").mkdir()
+    (tmp_path / "agents/ppo.py").write_text(
+        '"""Policy (PPO), of a kind. A paper\n\nmore"""\nclass Args:\n    env_id: str = "A-v1"\n'
+    )
     (tmp_path / "benchmarks/results.jsonl").write_bytes((DATA / "fps_results.jsonl").read_bytes())
-    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    write_lines(tmp_path / "benchmarks/learning/ppo.jsonl", [run(seed, 10.0 * seed) for seed in (1, 2, 3)])
+    write_lines(tmp_path / "benchmarks/peers.jsonl", [turns("fast", [2.0, 4.0, 3.0])])
+    (tmp_path / "README.md").write_text(PAGE.format("agents") + PAGE.format("claim"))
+    (tmp_path / "benchmarks/README.md").write_text("".join(map(PAGE.format, ("learning", "peers", "fps"))))
     return tmp_path
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def run(seed, score, **changes):
+    """A record of learning.py, of a run whose return rises in a line to its score."""
+    curve = {"global_step": [*range(100, 2100, 100)], "wall_seconds": [*range(1, 21)]}
+    curve |= {"episodic_return": [score * i / 20 for i in range(1, 21)]}
+    values = {"agent": "ppo", "env_id": "A-v1", "seed": seed, "args": {}, "device": "cpu", "gpu": None, "mode": "eager"}
+    values |= {"cpu": "AMD EPYC 7763 64-Core Processor", "cores": 2, "commit": "0123456789", "dirty": False}
+    values |= {"date": "2026-01-02T00:00:00+00:00", "stopped_by": None, "global_step": 2000, "curve": curve}
+    return values | {"eval_return_mean": score, "wall_seconds": 20.0} | changes
+
+
+def turns(comparison, ratios, **changes):
+    """A record of peers.py."""
+    values = {"comparison": comparison, "agent": "ppo", "peer_name": "sb3", "peer": "stable-baselines3==2.9.2"}
+    values |= {"cpu": "CPU", "cores": 2, "commit": "abcdef0", "date": "2026-01-02", "peer_settings": {"env_id": "B-v1"}}
+    values |= {"sps": {"sb3": [100.0], "eager": [100 * ratio for ratio in ratios]}, "ratios": {"eager": ratios}}
+    return values | changes
+
+
+def cells(line):
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
 def test_summary_of_runs():
-    rows = report.summarise(report.read_results(DATA / "fps_results.jsonl"))
+    rows = report.summarise(read_speeds(DATA / "fps_results.jsonl"))
     (compiled,) = (row for row in rows if (row["agent"], row["mode"]) == ("ppo", "compile"))
     assert (compiled["sps"], compiled["low"], compiled["high"], compiled["runs"]) == (40_000, 36_000, 44_000, 3)
     assert (compiled["cold"], compiled["warm"], compiled["eager_sps"], compiled["env_only_sps"]) == (30, 5, 2e4, 5e5)
     # 1/40,000 s a step: 1/80,000 of it in the rollout, of which 1/500,000 in the environments, the rest in the update
-    assert report.time_shares(compiled) == pytest.approx((0.08, 0.42, 0.5, 0))
+    assert pictures.time_shares(compiled) == pytest.approx((0.08, 0.42, 0.5, 0))
+
+
+def speeds(*changes):
+    """Rows of fps.py's runs that differ from the first one in the data."""
+    base = json.loads((DATA / "fps_results.jsonl").read_text().splitlines()[0])
+    return report.summarise([base | change for change in changes])
 
 
 def test_only_the_newest_call_counts():
     """And a comparison is only made within one call."""
-    old, new = ({"eager": 10.0, "env-only": 100.0}, {"eager": 20.0})
-    base = json.loads((DATA / "fps_results.jsonl").read_text().splitlines()[0])
-    records = [base | {"started": day, "mode": mode, "sps": sps}
-               for day, runs in (("2026-02-02", new), ("2026-01-01", old)) for mode, sps in runs.items()]  # fmt: skip
-    env_only, eager = report.summarise(records)
+    old, new = {"eager": 10.0, "env-only": 100.0}, {"eager": 20.0}
+    env_only, eager = speeds(*({"started": day, "mode": mode, "sps": sps}
+                               for day, runs in (("2026-02-02", new), ("2026-01-01", old))
+                               for mode, sps in runs.items()))  # fmt: skip
     assert (eager["sps"], eager["runs"], eager["eager_sps"], eager["env_only_sps"]) == (20, 1, 20, None)
     assert env_only["sps"] == 100
 
 
 def test_flags_of_the_agents_make_another_configuration():
-    base = json.loads((DATA / "fps_results.jsonl").read_text().splitlines()[0])
-    rows = report.summarise([base | {"sps": 1.0}, base | {"sps": 2.0, "agent_flags": "--num-steps 16"}])
+    rows = speeds({"sps": 1.0}, {"sps": 2.0, "agent_flags": "--num-steps 16"})
     assert [(row["agent"], row["sps"]) for row in rows] == [("ppo", 1), ("ppo --num-steps 16", 2)]
+    table = report.full_table(rows).splitlines()
+    assert table[-1] == "- (1) `--num-steps 16`" and any(line.startswith("| ppo (1) ") for line in table)
+    assert [rows[0]["sps"] for rows in fastest_setups(rows)["CPU"]] == [1]
 
 
-def test_tables_are_the_golden_ones():
-    rows = report.summarise(report.read_results(DATA / "fps_results.jsonl"))
-    page = report.fill(Path("no page yet"), report.PAGE, report.benchmarks_block(rows))
-    assert page == (DATA / "fps_report.md").read_bytes()
+def test_the_fastest_setup_is_of_the_newest_commit():
+    rows = speeds(
+        {"sps": 9.0, "commit": "old", "started": "2026-01-01", "num_envs": 64},
+        {"sps": 1.0, "commit": "new", "started": "2026-01-02", "num_envs": 8},
+        {"sps": 2.0, "commit": "new", "started": "2026-01-03", "num_envs": 32},
+        {"sps": 7.0, "commit": "new", "started": "2026-01-03", "num_envs": 32, "mode": "env-only"},
+        {"sps": 1.5, "commit": "new", "started": "2026-01-04", "num_envs": 16},
+        {"sps": 4.0, "device": "cuda", "gpu": "H100", "mode": "cudagraphs"},
+    )
+    setups = fastest_setups(rows)
+    assert [[(row["mode"], row["sps"]) for row in rows] for rows in setups["CPU"]] == [[("eager", 2), ("env-only", 7)]]
+    assert [[row["sps"] for row in rows] for rows in setups["GPU"]] == [[4]]
+
+
+def test_speed_tables_are_the_golden_ones():
+    rows = report.summarise(read_speeds(DATA / "fps_results.jsonl"))
+    assert report.full_table(rows) + "\n" == (DATA / "fps_report.md").read_text()
+
+
+def test_interquartile_mean():
+    assert iqm(np.array([8, 1, 7, 2, 6, 3, 5, 4])) == 4.5  # of 3, 4, 5, 6
+    assert iqm(np.array([0, 100, 1, 3, 2])) == 2  # of 1, 2, 3
+    assert iqm(np.array([0, 1, 5])) == 2  # a quarter of three is no whole score
+    assert iqm(np.array([[0, 9, 1, 2], [4, 4, 0, 9]])).tolist() == [1.5, 4]
+
+
+def test_bootstrap_interval():
+    """Two runs that score 0 and 1 have samples of mean 0, 1/2, 1/2 and 1; drawing never mixes tasks."""
+    runs = np.array([[0.0, 1.0]])
+    assert interval(runs).tolist() == [0, 1]
+    assert interval(runs, level=0.4).tolist() == [0.5, 0.5] and interval(runs, level=0.6).tolist() == [0, 1]
+    tasks = np.array([[1.0, 1.0, 1.0], [3.0, 3.0, 3.0]])
+    assert interval(tasks).tolist() == [2, 2]
+    curves = np.array([[[0.0, 5.0], [1.0, 5.0]]])
+    assert interval(curves).T.tolist() == [[0, 1], [5, 5]]
+
+
+def test_curves_are_smoothed_and_meet_where_all_have_points():
+    curve = {"global_step": [*range(1, 101)], "episodic_return": [0] * 50 + [10] * 50}
+    assert smooth(curve)[49:56].tolist() == [0, 2, 4, 6, 8, 10, 10]  # over 5 steps
+    curves = [{"global_step": [100, 300], "wall_seconds": [1, 3], "episodic_return": [0, 2]},
+              {"global_step": [200, 400], "wall_seconds": [5, 9], "episodic_return": [10, 14]}]  # fmt: skip
+    steps, seconds, returns = align(curves)
+    assert (steps[0], steps[-1], seconds[0], seconds[-1]) == (200, 300, 3.5, 5)
+    assert (returns[:, 0].tolist(), returns[:, -1].tolist()) == ([1, 10], [2, 12])
+
+
+def batch(*runs):
+    """Seeds and commits of the runs that count; `runs` are seed, commit and day."""
+    records = [run(seed, 1.0, commit=commit, date=f"2026-01-{day:02}") for seed, commit, day in runs]
+    return {seed: record["commit"] for seed, record in newest_batch(records).items()}
+
+
+def test_the_newest_commit_counts():
+    assert batch((1, "b", 3), (1, "a", 1), (2, "a", 2), (3, "a", 2)) == {1: "b"}
+    assert batch((1, "a", 1), (2, "b", 2), (3, "b", 3)) == {1: "a", 2: "b", 3: "b"}  # the batch went on
+    assert batch((1, "a", 1), (2, "a", 2), (3, "b", 3), (1, "b", 4)) == {3: "b", 1: "b"}  # out of turn
+    assert batch((1, "a", 1), (1, "a", 2), (2, "a", 1)) == {1: "a", 2: "a"}
+
+
+PUBLISHED = [
+    {
+        "agent": "ppo",
+        "env_id": "PongNoFrameskip-v4",
+        "steps": 10**7,
+        "mean": 20.0,
+        "std": 0.2,
+        "source": "A x",
+        "url": "u",
+    },
+    {"agent": "ppo", "env_id": "Pong-v5", "steps": 10**7, "mean": 16.0, "std": 0.2, "source": "A y", "url": "v"},
+    {"agent": "ppo", "env_id": "Acrobot-v1", "steps": 500_000, "mean": -84.0, "std": 1, "source": "B", "url": "w"},
+    {"agent": "dqn", "env_id": "Pong-v5", "steps": 1, "mean": 1, "std": 0, "source": "C", "url": "x"},
+]
+
+
+def test_learning_table():
+    records = [run(seed, float(seed), env_id="Pong-v5") for seed in (5, 4, 3, 2, 1)]
+    records += [run(6, 0.0, env_id="Pong-v5", failed="died"), run(7, 99.0, env_id="Pong-v5", stopped_by="SIGTERM")]
+    records += [run(1, -80.0, env_id="Acrobot-v1", args={"lr": 0.1, "total_timesteps": 9, "mode": "eager"})]
+    rows = summarise_learning(records, PUBLISHED)
+    lines = report.learning_table(rows).splitlines()
+    low, high = interval(np.array([[1.0, 2, 3, 4, 5]]))
+    assert [cells(line) for line in lines[2:4]] == [
+        ["Acrobot-v1", "ppo (1)", "2,000", "1", "-80.00", "-84.00 ± 1.00 at 0.5M", "[B](w)", "1.05"],
+        ["Pong-v5", "ppo", "2,000", "5 (2 unfinished)", f"3.00 ({low:.2f} to {high:.2f})", "20.00 ± 0.20 at 10M",
+         "[A](u)", "0.15"],
+    ]  # fmt: skip
+    assert lines[4:] == ["", "- (1) `lr=0.1`"]
+
+
+def test_published_json():
+    figures = json.loads(report.PUBLISHED.read_text())["figures"]
+    keys = [(figure["agent"], figure["env_id"], figure["source"]) for figure in figures]
+    assert len(keys) == len({*keys}) and all(figure["steps"] >= 500_000 for figure in figures)
+    assert all(figure["url"].startswith("https://") for figure in figures)
+
+
+def test_the_newest_turns_of_each_machine_count(tmp_path):
+    results = tmp_path / "peers.jsonl"
+    old = turns("fast", [9.0])
+    del old["peer_name"]  # as before there were several peers
+    write_lines(results, [
+        old, turns("fast", [2.0, 4.0, 3.0]), turns("fast", [2.5], cores=1), turns("fast-bf16", [8.0]),
+        turns("other", [1.1, 0.9, 1.2], commit="abcdef0-dirty"), turns("fast", [0.0]) | {"failed": "x", "ratios": {}},
+    ])  # fmt: skip
+    rows = newest_peers(read_peers(results))
+    table = report.peers_table(rows)
+    assert table.count("### Peers on CPU, ") == 2 and "9.00" not in table
+    assert cells(next(line for line in table.splitlines() if "(2.00–4.00)" in line)) == [
+        "fast", "ppo", "SB3 2.9.2", "eager", "3.00 (2.00–4.00)", "3", "300", "100", "2026-01-02 abcdef0"]  # fmt: skip
+    assert "2026-01-02 abcdef0+ |" in table
+    claim = " ".join(report.claim(rows).split())
+    assert (
+        "than Stable-Baselines3 2.9.2: on CPU, 1 core, PPO 2.5 × on B; PPO on B is as fast (1.1 ×, CPU, 2 cores)."
+        in claim
+    )
+
+
+def test_agents_table(project):
+    (project / "agents/dqn_new.py").write_text(
+        '"""A thing, with a name that is too long for the table, new. Paper"""\n'
+    )
+    assert report.main(report.Args(root=project)) == 0
+    lines = (project / "README.md").read_text().splitlines()
+    dqn, ppo = (cells(line) for line in lines if line.startswith("| ["))
+    gpu = ["–", "–"]
+    assert dqn == ["[dqn_new.py](agents/dqn_new.py)", "A thing", "–", "–", "–", "–", "–", *gpu]
+    assert ppo == ["[ppo.py](agents/ppo.py)", "PPO, of a kind", "A-v1", "20.00", "2,000", "3", "–", "40,000 ¹", "–"]
+    assert any("¹ AMD EPYC 7763, 2 cores." in line for line in lines)
+    own = [run(seed, 5.0, args={"lr": 1}) for seed in (1, 2)]
+    write_lines(project / "benchmarks/learning/ppo.jsonl", own + [run(seed, 7.0, env_id="C-v1") for seed in (1, 2, 3)])
+    report.main(report.Args(root=project))
+    assert "| 5.00\\* |" in (project / "README.md").read_text()  # its default environment before all others
+    write_lines(project / "benchmarks/learning/ppo.jsonl", [run(1, 7.0, env_id="C-v1")])
+    report.main(report.Args(root=project))
+    assert "| C-v1 " in (project / "README.md").read_text()
+    (project / "agents/broken.py").write_text("def (")
+    with pytest.raises(SystemExit):
+        report.main(report.Args(root=project))
+
+
+def test_wide_tables_are_not_padded():
+    narrow = report.markdown(["a", "b"], [["[long](address)", "1"], ["x", "20"]])
+    assert narrow.splitlines()[2:] == ["| [long](address) |  1 |", "| x      | 20 |"]
+    wide = report.markdown(["a", "b"], [["x" * 100, "1"], ["y", "z" * 60]])
+    assert wide.splitlines()[-1] == f"| y   | {'z' * 60} |"
 
 
 def test_writes_checks_and_writes_again(project, capsys):
-    pytest.importorskip("matplotlib")
     assert report.main(report.Args(check=True, root=project)) == 1
-    assert not (project / "benchmarks/README.md").exists()
     assert report.main(report.Args(root=project)) == 0
     text = (project / "README.md").read_text()
-    assert text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"{report.END}\nafter\n")
-    assert "compile-cudagraphs" in text and "old" not in text
-    assert (project / "benchmarks/README.md").read_bytes() == (DATA / "fps_report.md").read_bytes()
+    assert text.startswith("before\n<!-- agents:begin -->\n| Agent") and text.endswith("<!-- claim:end -->\nafter\n")
+    assert "\nold\n" not in text + (project / "benchmarks/README.md").read_text()
+    assert (DATA / "fps_report.md").read_text() in (project / "benchmarks/README.md").read_text()
     written = contents(project)
-    pictures = [path for path, content in written.items() if content.startswith(b"\x89PNG")]
-    assert {path.name for path in pictures} == set(report.PLOTS)
+    drawn = [path for path, content in written.items() if content.startswith(b"\x89PNG")]
+    assert {path.name for path in drawn} == {"learning.png", "speed.png", "iteration_time.png"}
 
     assert report.main(report.Args(check=True, root=project)) == 0
-    for path in pictures:
+    for path in drawn:
         path.unlink()
     assert report.main(report.Args(root=project)) == 0 and contents(project) == written  # the same to the byte
-    for change in (project / "README.md", project / "benchmarks/README.md", pictures[0]):
-        change.write_bytes(b"\x89PNG" if change in pictures else written[change].replace(b"2026", b"2027"))
+    for change in (project / "README.md", project / "benchmarks/README.md", drawn[0]):
+        change.write_bytes(b"\x89PNG" if change in drawn else written[change].replace(b"2,", b"3,"))
         capsys.readouterr()
         assert report.main(report.Args(check=True, root=project)) == 1
         assert str(change) in capsys.readouterr().err
         change.write_bytes(written[change])
+    write_lines(project / "benchmarks/peers.jsonl", [turns("fast", [2.0])])
+    capsys.readouterr()
+    assert report.main(report.Args(check=True, root=project)) == 1
+    err = capsys.readouterr().err
+    assert "speed.png" in err and "benchmarks/README.md" in err and "learning.png" not in err
 
 
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ("", "line 3: is not a record in JSON"),
-        ('{"started": "2026', "line 3: is not a record in JSON"),
-        ("[1, 2]", "line 3: is not a record in JSON"),
-        ('{"mode": "eager"}', "line 3: is a record without started, agent"),
-        (None, "no measurements yet"),
-        ("missing", "No such file"),
-    ],
-)
-def test_bad_results_change_nothing(project, capsys, line, message):
-    results = project / "benchmarks/results.jsonl"
+@pytest.mark.parametrize("name, line, message", [
+    ("results.jsonl", "", "line 3: is not a record in JSON"),
+    ("results.jsonl", '{"started": "2026', "line 3: is not a record in JSON"),
+    ("results.jsonl", "[1, 2]", "line 3: is not a record in JSON"),
+    ("results.jsonl", '{"mode": "eager"}', "line 3: is a record without started, agent"),
+    ("learning/ppo.jsonl", '{"agent": "ppo"}', "line 3: is a record without env_id"),
+    ("peers.jsonl", '{"agent": "ppo", "failed": "x"}', "line 2: is a record without comparison"),
+])  # fmt: skip
+def test_bad_results_change_nothing(project, capsys, name, line, message):
+    results = project / "benchmarks" / name
     lines = results.read_text().splitlines()
-    results.write_text("" if line is None else "\n".join([*lines[:2], line, *lines[2:]]) + "\n")
-    if line == "missing":
-        results.unlink()
+    results.write_text("\n".join([*lines[:2], line, *lines[2:]]) + "\n")
     before = contents(project)
     for check in (False, True):
         with pytest.raises(SystemExit) as end:
@@ -276,18 +305,19 @@ def test_bad_results_change_nothing(project, capsys, line, message):
     assert contents(project) == before
 
 
-@pytest.mark.parametrize("text", [None, "no markers", f"{report.END}\n{report.BEGIN}\n", f"{report.BEGIN}\n"])
-def test_readme_without_markers(project, capsys, text):
-    (project / "README.md").unlink() if text is None else (project / "README.md").write_text(text)
+def test_without_results_the_pages_say_so(project):
+    for path in (project / "benchmarks").rglob("*.jsonl"):
+        path.unlink()
+    assert report.main(report.Args(root=project)) == 0
+    assert (project / "benchmarks/README.md").read_text().count("No results yet.") == 3
+    assert not (project / "benchmarks/plots").exists()
+
+
+@pytest.mark.parametrize("text", ["<!-- fps:end -->\n<!-- fps:begin -->\n", "<!-- fps:begin -->\n"])
+def test_a_page_with_half_its_markers(project, capsys, text):
+    (project / "benchmarks/README.md").write_text(text)
     before = contents(project)
     with pytest.raises(SystemExit) as end:
         report.main(report.Args(root=project))
-    assert end.value.code == 2 and report.BEGIN in capsys.readouterr().err
+    assert end.value.code == 2 and "<!-- fps:begin -->" in capsys.readouterr().err
     assert contents(project) == before
-
-
-def test_committed_tables_are_what_report_makes():
-    readme, results = ROOT / "README.md", ROOT / "benchmarks/results.jsonl"
-    if not results.is_file() or not readme.is_file() or report.BEGIN not in readme.read_text():
-        pytest.skip("README.md has no tables of speeds yet")
-    assert report.main(report.Args(check=True)) == 0

@@ -1,22 +1,19 @@
 """What the agents rely on about their environments, on the pinned envpool, and how the loop treats it."""
 
-import os
-import threading
-import time
-from pathlib import Path
+import functools
+import inspect
+import json
+import warnings
+from types import SimpleNamespace
 
+import envpool
 import gymnasium
 import numpy as np
 import pytest
 import torch
-from conftest import agent_named, agents_with, tiny_args
+from conftest import NAMES, agent_named, agents_with, continuous, final_json, tiny_args
 
 ppo, atari = agent_named("ppo"), agent_named("ppo_atari")
-TASKS = Path("/proc/self/task")
-
-
-def threads_of_this_process():
-    return {int(task.name) for task in TASKS.iterdir()}
 
 
 def play(envs, steps, policy, seed=0):
@@ -48,14 +45,13 @@ def test_time_limits_truncate():
     assert not any((terminations | truncations).any() for _, _, terminations, truncations, _ in steps[:-1])
 
 
-def test_the_lean_step_is_envpools_own():
-    lean, own = (ppo.make_envs(ppo.Args(), num_envs=4, seed=5) for _ in range(2))
-    lean.reset(), own.reset()
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        actions = rng.integers(2, size=4).astype(np.int32)
-        for ours, theirs in zip(lean.step(actions)[:4], own.pool.step(actions)[:4]):
-            np.testing.assert_array_equal(ours, theirs)
+def test_an_end_in_the_last_allowed_step_counts_as_a_cut():
+    """Today's behaviour of envpool, which README and make_envs tell: it should be a termination."""
+    envs = envpool.make("CartPole-v1", "gymnasium", num_envs=32, seed=1, max_episode_steps=8)
+    *steps, (obs, _, terminations, truncations, _) = play(envs, 8, lambda rng: np.ones(32))
+    assert not any((cut).any() for _, _, _, cut, _ in steps)
+    fallen = (abs(obs[:, 0]) > 2.4) | (abs(obs[:, 2]) > 12 * np.pi / 180)
+    assert 0 < fallen.sum() < 32 and truncations.all() and not terminations.any()
 
 
 @pytest.mark.parametrize("module", agents_with("make_envs"))
@@ -63,19 +59,6 @@ def test_environment_i_has_seed_plus_i(module):
     first, _ = module.make_envs(module.Args(), 3, seed=11).reset()
     second, _ = module.make_envs(module.Args(), 2, seed=12).reset()
     np.testing.assert_array_equal(first[1:], second)
-
-
-@pytest.mark.parametrize("module", agents_with("blocks"))
-def test_two_by_two_blocks_convolve_as_eight_by_eight_pixels(module):
-    pictures, generator = torch.randint(256, (3, 4, 84, 84), dtype=torch.uint8), torch.Generator().manual_seed(0)
-    blocks = module.blocks(pictures)
-    assert blocks[2, 1, 5, 7, 4 * 3 + 2] == pictures[2, 1, 4 * 5 + 3, 4 * 7 + 2]
-    kernel = torch.randn(8, 4, 8, 8, generator=generator, dtype=torch.float64)
-    expected = torch.nn.functional.conv2d(pictures.double(), kernel, stride=4)
-    kernel = kernel.unflatten(-1, (2, 4)).unflatten(-3, (2, 4))  # [out, picture, block, row in it, block, column in it]
-    kernel = kernel.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
-    channels = blocks.permute(0, 1, 4, 2, 3).flatten(1, 2).double()
-    torch.testing.assert_close(torch.nn.functional.conv2d(channels, kernel), expected)
 
 
 def test_atari_true_games_run_over_lives_and_are_not_clipped():
@@ -87,10 +70,10 @@ def test_atari_true_games_run_over_lives_and_are_not_clipped():
         rewards, ends, overs = 0.0, 0, 0
         for obs, reward, terminations, truncations, infos in play(envs, 1200, lambda rng: rng.integers(6, size=2)):
             assert obs.shape == (2, 4, 84, 84) and obs.dtype == np.uint8
-            true_rewards, over = atari.true_game(reward, terminations, truncations, infos)
+            true_rewards, over = atari.true_game(terminations, truncations, infos)
             assert (abs(reward) <= 1).all() or not shaped
             rewards, overs, ends = rewards + true_rewards.sum(), overs + over.sum(), ends + terminations.sum()
-            assert not shaped or (infos["info:lives"][over] == 0).all()
+            assert not shaped or (infos["lives"][over] == 0).all()
         games[shaped] = rewards, overs, ends
     assert games[True][2] > games[True][1] > 0, "lives end episodes, games end less often"
     assert games[False][2] == games[False][1]
@@ -103,6 +86,7 @@ class Script:
     num_envs, lengths = 2, np.array([3, 5])
     single_observation_space = gymnasium.spaces.Box(-9, 9, (2,), np.float32)
     single_action_space = gymnasium.spaces.Discrete(2)
+    metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP}
 
     def __init__(self, *args, **kwargs):
         self.elapsed, self.ended = np.zeros(2, int), np.zeros(2, bool)
@@ -126,19 +110,20 @@ def test_the_loop_counts_whole_episodes_and_stores_the_right_rows(tmp_path, monk
     rollouts, real_update = [], ppo.update
 
     def update(agent, optimizer, rollout, *rest):
-        rollouts.append({name: getattr(rollout, name).clone() for name in ("rewards", "terminations", "dones", "obs")})
-        rollouts[-1]["obs"][-1] = rollout.host_obs
-        real_update(agent, optimizer, rollout, *rest)
+        metrics = real_update(agent, optimizer, rollout, *rest)
+        names = "rewards", "terminations", "dones"
+        rollouts.append(dict(zip(names, rollout.outcomes.clone())) | {"obs": rollout.obs.clone()})
+        return metrics
 
     monkeypatch.setattr(ppo, "update", update)
-    sizes = {"num_envs": 2, "num_steps": 7, "num_minibatches": 1, "total_timesteps": 2 * 7 * 6, "eval_episodes": 4}
+    sizes = {"num_envs": 2, "num_steps": 7, "num_minibatches": 1, "total_timesteps": 2 * 7 * 6, "eval_episodes": 2}
     summary = ppo.main(ppo.Args(**sizes, run_dir=str(tmp_path / "run")))
-    assert sorted(summary["eval_returns"]) == [3, 3, 5, 5]
+    assert sorted(summary["eval_returns"]) == [3, 5]
     # 42 steps: an episode every 4 rows (3 + its reset row) in env 0, every 6 (5 + reset row) in env 1
     assert summary["train_return_mean"] == pytest.approx((10 * 3 + 7 * 5) / 17)
 
     obs, dones = (np.concatenate([r[name][:-1] for r in rollouts]) for name in ("obs", "dones"))
-    rewards, terminations = (np.concatenate([r[name] for r in rollouts]) for name in ("rewards", "terminations"))
+    rewards, terminations = (np.concatenate([r[name][1:] for r in rollouts]) for name in ("rewards", "terminations"))
     rows = np.arange(42)
     for n, cycle in enumerate((4, 6)):
         np.testing.assert_array_equal(obs[:, n, 0], rows % cycle)
@@ -147,119 +132,235 @@ def test_the_loop_counts_whole_episodes_and_stores_the_right_rows(tmp_path, monk
         np.testing.assert_array_equal(terminations[:, n], (rows % cycle == cycle - 2) & (n == 0))
     for before, after in zip(rollouts, rollouts[1:]):
         np.testing.assert_array_equal(before["obs"][-1], after["obs"][0])
-        np.testing.assert_array_equal(before["dones"][-1], after["dones"][0])
+        for name in ("rewards", "terminations", "dones"):
+            np.testing.assert_array_equal(before[name][-1], after[name][0])
 
 
-def test_a_gymnasium_vector_environment_fits(tmp_path, monkeypatch):
-    """README's example of an environment of one's own."""
+# ---- environments of other kinds -------------------------------------------------------------------------------------
 
-    def make_envs(args, num_envs, seed, render=False):
-        envs = gymnasium.make_vec("CartPole-v1", num_envs=num_envs, vectorization_mode="sync")
+Box, Discrete, Modes = gymnasium.spaces.Box, gymnasium.spaces.Discrete, gymnasium.vector.AutoresetMode
+vector_agents = [x for x in NAMES if "atari" not in x and not continuous(x)]
+
+
+class Count(gymnasium.Env):
+    """Guess the parity of a number that counts up: observations of any type."""
+
+    action_space = Discrete(2)
+
+    def __init__(self, dtype):
+        self.observation_space = Box(0, 9, (3,), dtype)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = int(self.np_random.integers(2))
+        return np.full(3, self.count, self.observation_space.dtype), {}
+
+    def step(self, action):
+        reward = float(action == self.count % 2)
+        self.count += 1
+        return np.full(3, self.count, self.observation_space.dtype), reward, self.count == 9, False, {}
+
+
+def gymnasium_envs(make):
+    """README's example of an environment of one's own: a make_envs of gymnasium's vector environments."""
+
+    def make_envs(args, num_envs, seed, **extra):
+        envs = gymnasium.vector.SyncVectorEnv([make] * num_envs)
         envs.reset(seed=seed)
         return envs
 
-    monkeypatch.setattr(ppo, "make_envs", make_envs)
-    summary = ppo.main(ppo.Args(num_envs=4, num_steps=16, total_timesteps=640, run_dir=str(tmp_path / "run")))
-    assert summary["global_step"] == 640 and len(summary["eval_returns"]) == 20
+    return make_envs
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the cores of a thread can be chosen on Linux only")
-@pytest.mark.parametrize("module", agents_with("one_core"))
-def test_rollouts_with_one_worker_keep_to_one_core_and_nothing_else_does(module, tmp_path, monkeypatch):
-    """Seen from inside the loop: where this thread and the workers may run, in rollouts and in learning."""
-    cores, workers, seen, update = os.sched_getaffinity(0), set(), [], module.update
-    if len(cores) == 1:
-        pytest.skip("there is one core only")
-    one_core = module.one_core
-
-    class Watched(module.EnvPool):
-        def step(self, actions):
-            seen.append(("rollout", [os.sched_getaffinity(thread) for thread in (0, *workers)]))
-            return super().step(actions)
-
-    def watch(*inputs):
-        seen.append(("learning", [os.sched_getaffinity(0)]))
-        return update(*inputs)
-
-    def note(threads):
-        workers.update(threads)
-        return one_core(threads)
-
-    monkeypatch.setattr(module, "one_core", note)
-    monkeypatch.setattr(module, "EnvPool", Watched)
-    monkeypatch.setattr(module, "update", watch)
-    for env_threads in (1, 2):
-        seen.clear(), workers.clear()
-        folder = tmp_path / str(env_threads)
-        module.main(tiny_args(module, folder, env_threads=env_threads, num_envs=2, eval_episodes=0))
-        assert bool(workers) == (env_threads == 1) and threading.get_native_id() not in workers
-        where = {name: [sets for what, sets in seen if what == name] for name in ("rollout", "learning")}
-        for sets in where["rollout"]:
-            assert all(len(mask) == 1 and mask == sets[0] for mask in sets) if workers else sets == [cores]
-        assert where["rollout"] and where["learning"] and all(sets == [cores] for sets in where["learning"])
+@pytest.mark.parametrize("dtype", ["int32", "float64", "uint8"])
+@pytest.mark.parametrize("agent", vector_agents)
+def test_a_gymnasium_vector_environment_fits(agent, dtype, tmp_path, monkeypatch):
+    module = agent_named(agent)
+    monkeypatch.setattr(module, "make_envs", gymnasium_envs(lambda: Count(dtype)))
+    summary = module.main(tiny_args(module, tmp_path, eval_episodes=3))
+    assert summary["global_step"] > 0 and len(summary["eval_returns"]) == 3
+    assert summary["train_return_mean"] > 2 and all(0 <= x <= 9 for x in summary["eval_returns"])
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the cores of a thread can be chosen on Linux only")
-@pytest.mark.parametrize("refuse", [False, True])
-def test_an_error_in_a_rollout_gives_the_cores_back(refuse, monkeypatch):
-    cores = os.sched_getaffinity(0)
-
-    def refused(*_):
-        raise PermissionError("a sandbox")
-
-    if refuse:
-        monkeypatch.setattr(os, "sched_setaffinity", refused)
-    with pytest.raises(ZeroDivisionError), ppo.one_core({threading.get_native_id()}):
-        assert len(os.sched_getaffinity(0)) == (len(cores) if refuse else 1)
-        raise ZeroDivisionError
-    assert os.sched_getaffinity(0) == cores
+@pytest.mark.parametrize("agent", vector_agents)
+def test_blackjack_has_observations_of_int32(agent, tmp_path):
+    module = agent_named(agent)
+    summary = module.main(tiny_args(module, tmp_path, env_id="Blackjack-v1", eval_episodes=10))
+    assert set(summary["eval_returns"]) <= {-1, 0, 1, 1.5} and len(summary["eval_returns"]) == 10
 
 
-@pytest.mark.skipif(not TASKS.exists(), reason="the threads of a process are listed on Linux only")
-@pytest.mark.parametrize("module", agents_with("end_threads"))
-def test_torch_has_no_threads_while_environments_step(module, tmp_path, monkeypatch):
-    """Seen from inside the loop: before every step the thread that may have helped to find its actions is gone."""
-    if not hasattr(module.OPENMP, "omp_pause_resource_all"):
-        pytest.skip("an OpenMP before 5.0")
-    happened, end_threads = [], module.end_threads
+def spaces_for(agent):
+    """Observation and action space that an agent plays."""
+    pictures = Box(0, 255, (1 if "lstm" in agent else 4, 84, 84), np.uint8)
+    obs = pictures if "atari" in agent else Box(-np.inf, np.inf, (5,), np.float64)
+    return obs, Box(-2, 1, (3,), np.float32) if continuous(agent) else Discrete(3)
 
-    class Watched(module.EnvPool):
-        def step(self, actions):
-            happened.append("step")
-            return super().step(actions)
 
-    def watch():
-        before, deadline = threads_of_this_process(), time.monotonic() + 10
-        end_threads()
-        while not before - threads_of_this_process():  # how soon an end comes is up to the system
-            assert time.monotonic() < deadline, "no thread has ended"
-            time.sleep(0.001)
-        happened.append("end")
-
-    monkeypatch.setattr(module, "end_threads", watch)
-    monkeypatch.setattr(module, "EnvPool", Watched)
-    threads = torch.get_num_threads()
+def refused(agent, obs, actions, mode=Modes.NEXT_STEP, env_id="Mine-v0"):
+    """The sentence by which check_envs refuses such environments, or None."""
+    module = agent_named(agent)
+    envs = SimpleNamespace(
+        single_observation_space=obs, single_action_space=actions, num_envs=4, metadata={"autoreset_mode": mode}
+    )
     try:
-        module.main(tiny_args(module, tmp_path / "run", torch_threads=2, eval_episodes=0, mode="eager"))
-    finally:
-        torch.set_num_threads(threads)
-    assert happened and happened == ["end", "step"] * (len(happened) // 2)
+        module.check_envs(module.Args(env_id=env_id), envs)
+    except module.UserError as error:
+        assert env_id in str(error) and "\n" not in str(error)
+        return str(error)
 
 
-@pytest.mark.skipif(not TASKS.exists(), reason="the threads of a process are listed on Linux only")
-@pytest.mark.parametrize("module", agents_with("end_threads"))
-@pytest.mark.parametrize("torch_threads", [1, 2])
-def test_workers_have_a_core_each_where_torch_has_all_cores_too(module, torch_threads):
-    cores = os.sched_getaffinity(0)
-    if len(cores) == 1 or len(cores) < os.cpu_count():
-        pytest.skip("takes a machine of several cores, all of them ours")
-    before, threads = threads_of_this_process(), torch.get_num_threads()
-    try:
-        torch.set_num_threads(torch_threads)
-        envs = module.make_envs(module.Args(), len(cores), seed=0)
-    finally:
-        torch.set_num_threads(threads)
-    envs.reset()
-    masks = [os.sched_getaffinity(thread) for thread in threads_of_this_process() - before]
-    held = [mask for mask in masks if len(mask) == 1]
-    assert sorted(map(tuple, held)) == ([(core,) for core in sorted(cores)] if torch_threads == 2 else [])
+@pytest.mark.parametrize("agent", NAMES)
+def test_what_an_agent_cannot_play_is_refused(agent):
+    obs, actions = spaces_for(agent)
+    assert refused(agent, obs, actions) is None
+    assert refused(agent, obs, actions, Modes.SAME_STEP) and refused(agent, obs, actions, Modes.DISABLED)
+    assert refused(agent, obs, actions, None)
+    others = [gymnasium.spaces.MultiDiscrete([2, 3]), gymnasium.spaces.Dict(a=actions)]
+    if continuous(agent):
+        others += [Box(-np.inf, np.inf, (3,)), Box(0, np.inf, (3,)), Box(-2, 2, (3,), np.int32), Box(-1, 1, (2, 3))]
+        others += [Discrete(3)]
+    else:
+        others += [Discrete(3, start=1), Discrete(3, start=-1), Box(-1, 1, (3,))]
+    for other in others:
+        assert refused(agent, obs, other), other
+    others = [Discrete(9), Box(0, 1, (3, 3)), Box(0, 255, (84, 84, 4), np.uint8), gymnasium.spaces.Dict(a=obs)]
+    others += [Box(0, 1, obs.shape)] if "atari" in agent else [Box(0, 1, ())]
+    for other in others:
+        assert refused(agent, other, actions), other
+
+
+@functools.cache
+def families():
+    """Ids of envpool by the family that they belong to."""
+    found = {}
+    for env_id in envpool.list_all_envs():
+        found.setdefault(envpool.registration.registry.specs[env_id][0], []).append(env_id)
+    return found
+
+
+@functools.cache
+def spec_of(env_id, **options):
+    """What envpool says of an environment, None where the family does not work on this machine."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            spec = envpool.make_spec(env_id, **options)
+            return spec.observation_space, spec.action_space
+        except ImportError:
+            return None
+
+
+def check_ids(agent, ids):
+    """Every environment is accepted, and then of a shape that fits, or refused in a sentence; returns the first."""
+    accepted = set()
+    for env_id in ids:
+        options = {"stack_num": 1} if "lstm" in agent and env_id in families()["envpool.atari"] else {}
+        if spec := spec_of(env_id, **options):
+            obs, actions = spec
+            if refused(agent, obs, actions, env_id=env_id) is None:
+                accepted.add(env_id)
+                assert obs.dtype == np.uint8 if "atari" in agent else len(obs.shape) == 1
+                if continuous(agent):
+                    assert np.isfinite(np.float32([actions.low, actions.high])).all(), env_id
+                else:
+                    assert actions.n > 1
+        else:
+            module = agent_named(agent)
+            with pytest.raises(module.UserError, match=env_id):
+                module.make_envs(module.Args(env_id=env_id), 1, 0)
+    return accepted
+
+
+@pytest.mark.parametrize("agent", NAMES)
+def test_an_environment_of_each_family(agent):
+    assert len(families()) > 15
+    ids = [ids[0] for ids in families().values()] + [agent_named(agent).Args().env_id]
+    assert len(ids) > len(check_ids(agent, ids)) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("agent", NAMES)
+def test_every_environment(agent):
+    ids = envpool.list_all_envs()
+    assert len(ids) > 1600
+    accepted = check_ids(agent, ids)
+    assert len(accepted) >= (100 if "atari" in agent else 20 if continuous(agent) else 5), accepted
+
+
+# ---- seeds and films -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("agent", NAMES)
+def test_no_two_environments_have_the_same_seed(agent):
+    """Environment i has seed + i: training, its resumptions, evaluation and film keep apart, and so do seeds."""
+    module, taken, uses = agent_named(agent), set(), 0
+    for seed in range(1, 6):
+        args = module.Args(seed=seed)
+        steps = [("training", 1024 * n) for n in range(5)] + [("evaluation", 0), ("film", 0)]
+        for purpose, global_step in steps:
+            first = module.env_seed(args, purpose, global_step)
+            assert 0 <= first and first + 2**14 < 2**31
+            taken |= set(range(first, first + 512))
+            uses += 1
+            assert len(taken) == 512 * uses, (seed, purpose, global_step)
+    assert module.env_seed(module.Args(seed=2**53), "film") < 2**31
+    assert module.env_seed(args, "training", 64) == module.env_seed(args, "training", 64)
+
+
+@pytest.mark.parametrize("agent", NAMES)
+def test_training_resumption_and_evaluation_use_these_seeds(agent, runs, cli, tmp_path, monkeypatch):
+    seeds, make = [], envpool.make
+
+    def noted(*inputs, seed, **options):
+        seeds.append(seed)
+        return make(*inputs, seed=seed, **options)
+
+    done = runs(agent)
+    steps, run_dir = final_json(done.result)["global_step"], done.copy(tmp_path / "run")
+    module, args = agent_named(agent), agent_named(agent).parse_args(done.argv)
+    monkeypatch.setattr(envpool, "make", noted)
+    film = "atari" not in agent  # whose episodes are long
+    final_json(cli(agent, "--resume", run_dir, "--eval-episodes", 1, *["--video"][:film]))
+    training, *rest = seeds
+    assert training == module.env_seed(args, "training", steps) != module.env_seed(args, "training")
+    assert set(rest) == {module.env_seed(args, purpose) for purpose in ("evaluation", "film")[: 1 + film]}
+    seeds.clear()
+    final_json(cli(agent, "--evaluate", run_dir, "--no-video"))
+    assert seeds[-1] == module.env_seed(args, "evaluation"), "the same games as after training"
+
+
+class Long:
+    """One environment, an episode of 1100 steps, pictures of it, infos as Atari has them."""
+
+    num_envs, pictures = 1, 0
+
+    def __init__(self, agent):
+        self.single_observation_space, self.single_action_space = spaces_for(agent)
+        self.metadata, self.elapsed = {"autoreset_mode": Modes.NEXT_STEP}, 0
+
+    def reset(self):
+        return self.single_observation_space.sample()[None].clip(-1, 1), {}
+
+    def render(self):
+        self.pictures += 1
+        return np.zeros((1, 4, 4, 3), np.uint8)
+
+    def step(self, actions):
+        self.elapsed += 1
+        over = np.array([self.elapsed == 1100])
+        infos = {"reward": np.ones(1), "terminated": over.astype(int)}
+        return self.reset()[0], np.ones(1), over, np.zeros(1, bool), infos
+
+
+@pytest.mark.parametrize("agent", [pytest.param(x, marks=[pytest.mark.slow] * ("atari" in x)) for x in NAMES])
+def test_a_film_ends_after_a_thousand_pictures(agent, runs):
+    done, module, frames = runs(agent), agent_named(agent), []
+    obs, actions = spaces_for(agent)
+    network = {"obs_shape": obs.shape, "num_actions": 3, "action_dim": 3}
+    network |= {"low": [-1.0] * 3, "high": [1.0] * 3} if continuous(agent) else {}
+    saved = json.loads((done.path / "config.json").read_text())["network"]
+    envs, inputs = Long(agent), inspect.signature(module.evaluate).parameters
+    given = {"agent": module.Agent(**{name: network[name] for name in saved}), "envs": envs, "frames": frames}
+    given |= {"args": module.Args(), "generator": torch.Generator().manual_seed(1), "greedy": True}
+    scores = module.evaluate(**{name: value for name, value in given.items() if name in inputs})
+    assert scores == [1100] and len(frames) == envs.pictures == 1000

@@ -1,12 +1,18 @@
 """Bad input is refused in one sentence, and nothing that happens while running loses what was trained."""
 
 import errno
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import envpool
 import pytest
 import torch
 from conftest import (
@@ -40,13 +46,19 @@ LONG = 10**7  # environment steps that no test waits for
 
 
 def check_failure(result: Result, *mentioned: str, status: int = 2):
-    """A failure is one line on stderr that starts with `error:` and names what is wrong, and an exit status."""
+    """A failure is a sentence on stderr that names what is wrong, and an exit status.
+
+    A bad setting stands in the box that tyro draws, which breaks lines; all else is one line that starts with `error:`.
+    """
     assert "Traceback" not in result.stderr, result.stderr
     assert result.returncode == status, result.stderr
-    assert len(result.messages) == 1, result.messages
-    assert result.messages[0].startswith("error: ") and result.stderr.endswith("\n")
-    for text in mentioned:
-        assert text in result.messages[0]
+    messages = result.messages
+    boxed = messages and messages[0].startswith("╭─") and messages[-1].startswith("╰─")
+    assert boxed or (len(messages) == 1 and messages[0].startswith("error: ")), messages
+    assert result.stderr.endswith("\n")
+    text = re.sub(r"[─│╭╮╰╯\s]", "", "".join(messages))
+    for words in mentioned:
+        assert re.sub(r"\s", "", words) in text, (words, result.stderr)
     assert result.stdout == ""
 
 
@@ -70,7 +82,8 @@ def bad_input(agent: str) -> list:
     reals = ["learning_rate", "gamma", "gae_lambda", "ent_coef", "max_grad_norm", "checkpoint_minutes"]
     reals += ["q_lambda", "start_e", "end_e", "exploration_fraction", "tau", "utd", "policy_lr", "exploration_noise"]
     cases += [({name: value}, str(value)) for name in reals for value in (-0.5, "nan", "inf")]
-    cases += [({"gamma": 1.5}, "1.5"), ({"seed": -1}, "-1"), ({"seed": 2**40}, ""), ({"eval_episodes": -1}, "-1")]
+    cases += [({"gamma": 1.5}, "1.5"), ({"eval_episodes": -1}, "-1")]
+    cases += [({"seed": value}, str(value)) for value in (-1, 2**60, "one")]
     cases += [({"num_minibatches": 3}, "3"), ({"total_timesteps": 1}, "1")]
     cases += [
         ({"buffer_size": 1, "num_envs": 2}, "1"),
@@ -97,6 +110,7 @@ def test_refuses_bad_settings(agent, changes, value, cli, tmp_path):
 def test_refuses_in_a_process_of_its_own(agent, tmp_path):
     """What the other tests see inside this process is what a user sees: one line and the status."""
     check_failure(run_agent(agent, "--env-id", "Breakot-v4", cwd=tmp_path), "--env-id", "Breakout")
+    check_failure(run_agent(agent, "--gamma", "1.5", cwd=tmp_path), "--gamma", "1.5")
     assert not list(tmp_path.iterdir())
 
 
@@ -120,7 +134,39 @@ def test_refuses_a_run_dir_that_cannot_be_made(agent, cli, tmp_path):
     assert contents(tmp_path) == {"file": b"mine"}
 
 
+@each_agent
+def test_two_runs_started_at_once_share_no_folder(agent, tmp_path, monkeypatch):
+    """One of many gets the folder, be it named or the default of the same second."""
+    module = agent_named(agent)
+    monkeypatch.chdir(tmp_path)
+    args, start = module.Args(), threading.Barrier(8)
+    names = {claim[0] for claim in [module.claim_folder(args) for _ in range(3)]}
+    assert len(names) == 3
+
+    def claim(_):
+        start.wait()
+        try:
+            return module.claim_folder(args)
+        except module.UserError as error:
+            assert str(args.run_dir or "runs") in str(error)
+
+    monkeypatch.setattr(module.secrets, "token_hex", lambda _: "same")
+    monkeypatch.setattr(module.time, "strftime", lambda _: "now")
+    for args.run_dir in (None, "run"):
+        with ThreadPoolExecutor(8) as pool:
+            claims = list(pool.map(claim, range(8)))
+        assert len([1 for claimed in claims if claimed]) == 1
+
+
 # ---- run folders that cannot be used ---------------------------------------------------------------------------------
+
+
+def change_config(run_dir, **changes):
+    """Edit the settings of a run by hand."""
+    config = json.loads((run_dir / "config.json").read_text())
+    config["args"] |= changes
+    (run_dir / "config.json").write_text(json.dumps(config))
+
 
 both = pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
 
@@ -132,7 +178,7 @@ def test_refuses_a_folder_without_a_run(agent, flag, cli, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("mine")
     for name in ("missing", "empty", "file"):
-        check_failure(cli(agent, flag, name), flag, name)
+        check_failure(cli(agent, flag, name), name, "no run of", agent)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
 
 
@@ -144,24 +190,52 @@ def test_refuses_a_foreign_config(agent, config, flag, cli, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(config.replace("AGENT", agent))
     before = contents(tmp_path)
-    check_failure(cli(agent, flag, "run"), flag, "run")
+    check_failure(cli(agent, flag, "run"), "--x" if '"x"' in config else f"run: no run of {agent}")
     assert contents(tmp_path) == before
 
 
 @each_agent
-def test_refuses_to_evaluate_before_the_first_checkpoint(agent, runs, cli, tmp_path):
-    """There is nothing to evaluate in a run that was killed at its very start."""
+def test_refuses_a_run_without_a_checkpoint(agent, runs, cli, tmp_path):
+    """There is nothing to evaluate, nor to go on with, in a run that was killed at its very start."""
     run_dir = runs(agent).copy(tmp_path / "run")
     (run_dir / "checkpoint.pt").unlink()
-    check_failure(cli(agent, "--evaluate", "run"), "--evaluate run")
+    for flag in ("--evaluate", "--resume"):
+        check_failure(cli(agent, flag, "run"), "run/checkpoint.pt: missing")
 
 
 @each_agent
 def test_resuming_stays_in_its_folder(agent, runs, cli, tmp_path):
     """--resume with another --run-dir, or with --evaluate, is refused and not half obeyed."""
     runs(agent).copy(tmp_path / "run")
-    check_failure(cli(agent, "--resume", "run", "--run-dir", "other"), "--run-dir other")
+    check_failure(cli(agent, "--resume", "run", "--run-dir", "other"), "--run-dir", "--resume")
     check_failure(cli(agent, "--resume", "run", "--evaluate", "run"), "--evaluate")
+
+
+@pytest.mark.parametrize("mode", ["compile", "cudagraphs", "compile-cudagraphs"])
+@each_agent
+def test_a_run_of_another_machine_is_evaluated(agent, mode, runs, cli, tmp_path, monkeypatch):
+    """--evaluate plays what a GPU or a compiler trained, on a machine that has neither."""
+    run_dir = runs(agent).copy(tmp_path / "run")
+    change_config(run_dir, mode=mode, device="cuda:7", eval_episodes=1)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    if mode == "compile":  # that the device is refused otherwise is among the bad input
+        check_failure(cli(agent, "--resume", "run"), "--device cuda:7")
+        check_failure(cli(agent, "--resume", "run", "--device", "cpu"), "--mode compile", "compiler")
+    assert final_json(cli(agent, "--evaluate", "run"))["eval_episodes"] == 1
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+def test_settings_edited_by_hand(flag, runs, cli, tmp_path):
+    """What a user writes into config.json is read as if it stood on the command line."""
+    run_dir = runs("ppo").copy(tmp_path / "run")
+    change_config(run_dir, num_envs="8")
+    assert final_json(cli("ppo", flag, "run"))["num_envs"] == 8
+    change_config(run_dir, num_envs=[8])
+    check_failure(cli("ppo", flag, "run"), "--num-envs")
+    change_config(run_dir, num_envs=4, mode="fast")
+    check_failure(cli("ppo", flag, "run"), "--mode", "fast")
+    change_config(run_dir, mode="eager", gamma=1.5)
+    check_failure(cli("ppo", flag, "run"), "--gamma 1.5")
 
 
 DAMAGE = {
@@ -188,7 +262,7 @@ def test_refuses_a_damaged_checkpoint(agent, damage, flag, runs, cli, tmp_path):
     before = contents(tmp_path)
     result = cli(agent, flag, "run")
     assert contents(tmp_path) == before
-    check_failure(result, flag)
+    check_failure(result, "run/checkpoint.pt")
 
 
 @both
@@ -200,10 +274,10 @@ def test_refuses_the_run_of_another(agent, flag, runs, cli, tmp_path):
     env_id = "Pong-v5" if "atari" in agent else "HalfCheetah-v5" if continuous(agent) else "Acrobot-v1"
     for other in NAMES:
         if other != agent:
-            check_failure(cli(other, flag, run_dir), flag, agent, other)
+            check_failure(cli(other, flag, run_dir), str(run_dir), f"no run of {other}", f"one of {agent}")
     foreign_env = cli(agent, flag, run_dir, "--env-id", env_id)
     assert contents(tmp_path) == before
-    check_failure(foreign_env, flag)
+    check_failure(foreign_env, f"{run_dir}/checkpoint.pt", "environment")
 
 
 @each_agent
@@ -220,11 +294,22 @@ def test_refused_resume_changes_nothing(agent, runs, cli, tmp_path):
 
 @each_agent
 def test_resume_goes_on(agent, runs, cli, tmp_path):
-    """A longer --total-timesteps goes on with a finished run: counters, optimizer, curves and time add up."""
+    """A longer --total-timesteps goes on with a finished run: counters, optimizer, curves and time add up.
+
+    It stretches what is lowered over the run, which so rises again: a line on stderr says from what to what.
+    """
     done = runs(agent)
     run_dir, start = done.copy(tmp_path / "run"), final_json(done.result)
     longer = ["--resume", "run", "--total-timesteps", 2 * start["global_step"] + 1]
-    summary = final_json(cli(agent, *longer))
+    longer += ["--exploration-fraction", "1"] if "exploration_fraction" in settings(agent) else []
+    result = cli(agent, *longer)
+    summary, rises = final_json(result), [line for line in result.messages if "rises from" in line]
+    args = agent_named(agent).parse_args(done.argv)
+    for name, flag in (("learning rate", "anneal_lr"), ("epsilon", "exploration_fraction")):
+        said = [re.search(rf"{name} rises from (\S+) to (\S+)", line) for line in rises if name in line]
+        assert len(said) == bool(getattr(args, flag, 0)), rises
+        assert all(float(match[1]) < float(match[2]) for match in said)
+    assert all("--total-timesteps" in line for line in rises)
     assert summary["global_step"] == 2 * start["global_step"] and summary["run_dir"] == "run"
     assert summary["wall_seconds"] > start["wall_seconds"] and summary["seed"] == start["seed"]
     before, after = read_checkpoint(done.path), read_checkpoint(run_dir)
@@ -244,7 +329,9 @@ def test_resume_of_a_finished_run_trains_no_more(agent, runs, cli, tmp_path):
     """Resuming what is finished, under its own settings, only scores it again."""
     done = runs(agent)
     run_dir, start = done.copy(tmp_path / "run"), final_json(done.result)
-    summary = final_json(cli(agent, "--resume", "run"))
+    result = cli(agent, "--resume", "run")
+    summary = final_json(result)
+    assert not [line for line in result.messages if "rises" in line]
     assert same_weights(read_checkpoint(done.path), read_checkpoint(run_dir))
     for name in ("global_step", "eval_return_mean", "train_return_mean"):
         assert summary[name] == start[name], name
@@ -294,11 +381,17 @@ endless = ["--total-timesteps", str(LONG), "--checkpoint-minutes", "0", "--run-d
 
 
 def test_kill_9_leaves_a_run_to_resume(cli, tmp_path):
-    """Killed in the middle of training, and killed again after a resumption, a run goes on from its last checkpoint."""
+    """Killed in the middle of training, and killed again after a resumption, a run goes on from its last checkpoint.
+
+    While it lives nobody else can go on with it, nor begin another in its folder; once killed, at once.
+    """
     run_dir, reached = tmp_path / "run", 0
     for argv in ([*tiny("ppo"), *endless], ["--resume", "run"]):
         process = start_agent("ppo", *argv, cwd=tmp_path)
         wait_until(lambda: steps_saved(run_dir) > reached + 300, process)  # noqa: B023
+        check_failure(cli("ppo", "--resume", "run"), "--resume run", "in use")
+        check_failure(cli("ppo", *tiny("ppo", run_dir="run")), "--run-dir run", "in use")
+        assert process.poll() is None
         time.sleep(0.013)  # somewhere in an iteration
         process.kill()
         assert finish(process).returncode == -signal.SIGKILL
@@ -309,30 +402,36 @@ def test_kill_9_leaves_a_run_to_resume(cli, tmp_path):
 
 
 CRASH = """
-import os, runpy, signal, sys
-calls, limit = [], int(sys.argv.pop(1))
-def fsync(file):
-    calls.append(file)
-    if len(calls) > limit:  # the machine goes down before all of the file is on the disk
-        os.ftruncate(file, os.fstat(file).st_size // 2)
+import os, pathlib, runpy, signal, sys
+calls, limit, where = [], int(sys.argv.pop(1)), sys.argv.pop(1)
+write_bytes, replace = pathlib.Path.write_bytes, os.replace
+def count(real, at, *inputs):
+    calls.append(at)
+    if calls.count(at) > limit and at == where:
+        if at == "write":  # the process goes down before all of the file is written
+            real(inputs[0], inputs[1][: len(inputs[1]) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
-os.fsync, sys.argv = fsync, sys.argv[1:]
+    return real(*inputs)
+pathlib.Path.write_bytes = lambda *inputs: count(write_bytes, "write", *inputs)
+os.replace = lambda *inputs: count(replace, "rename", *inputs)
+sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("files", [0, 2, 3, 5])
-def test_kill_9_while_a_file_is_written(files, cli, tmp_path):
-    """Half a file is never taken for the whole: there is the one before, or none, and a run goes on from either."""
-    command = [sys.executable, "-c", CRASH, str(files), script("ppo"), *tiny("ppo"), *endless]
+@pytest.mark.parametrize("files, where", [(0, "write"), (2, "rename"), (3, "write"), (5, "write")])
+def test_kill_9_while_a_file_is_written(files, where, cli, tmp_path):
+    """Half a file is never taken for the whole: there is the one before, or none, and a run goes on from it."""
+    command = [sys.executable, "-c", CRASH, str(files), where, script("ppo"), *tiny("ppo"), *endless]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120)
     assert process.returncode == -signal.SIGKILL, process.stderr
     run_dir = tmp_path / "run"
     assert steps_saved(run_dir) == {0: -1, 2: -1, 3: 0}.get(files, steps_saved(run_dir))
-    if files >= 2:  # settings and script are there: without a first checkpoint the run begins again
-        resume_to_end(cli, run_dir, max(0, steps_saved(run_dir)))
-    else:
-        check_failure(cli("ppo", "--resume", "run"), "--resume", "run")
+    assert (run_dir / "config.json").exists() == (files > 0) and list(run_dir.glob("*.tmp"))
+    if files > 2:
+        resume_to_end(cli, run_dir, steps_saved(run_dir))
+    else:  # nothing was trained that could be lost
+        check_failure(cli("ppo", "--resume", "run"), "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -363,13 +462,13 @@ def test_stopped_before_the_end_leaves_a_summary(agent, tmp_path):
 
 
 @each_agent
-def test_non_finite_loss_ends_a_run(agent, cli, tmp_path, monkeypatch, capfd):
+def test_non_finite_loss_ends_a_run(agent, cli, tmp_path, monkeypatch):
     """A loss that is not finite ends the run with a sentence, and the checkpoint from before it can be resumed."""
-    module, argv = agent_named(agent), tiny(agent, run_dir=tmp_path / "run", checkpoint_minutes=0)
-    total, steps, make_envs = whole_steps(agent, argv), [0], module.make_envs
+    argv = tiny(agent, run_dir=tmp_path / "run", checkpoint_minutes=0)
+    total, steps, make = whole_steps(agent, argv), [0], envpool.make
 
-    def make_spoilt_envs(*arguments, **options):
-        envs = make_envs(*arguments, **options)
+    def make_spoilt(*arguments, **options):
+        envs = make(*arguments, **options)
         step = envs.step
 
         def spoilt_step(actions):
@@ -380,12 +479,9 @@ def test_non_finite_loss_ends_a_run(agent, cli, tmp_path, monkeypatch, capfd):
         envs.step = spoilt_step
         return envs
 
-    monkeypatch.setattr(module, "make_envs", make_spoilt_envs)
-    with pytest.raises(SystemExit) as end:
-        module.main(module.parse_args(argv))
-    out, err = capfd.readouterr()
+    monkeypatch.setattr(envpool, "make", make_spoilt)
     flag = "--learning-rate" if "learning_rate" in settings(agent) else "--q-lr"
-    check_failure(Result(end.value.code, out, err), "not finite", flag, status=1)
+    check_failure(cli(agent, *argv), "not finite", flag, status=1)
     assert 0 < read_checkpoint(tmp_path / "run")["global_step"] < total
     assert not list((tmp_path / "run").glob("*.tmp"))
     monkeypatch.undo()
@@ -401,42 +497,42 @@ def test_full_disk_keeps_the_checkpoint(runs, tmp_path):
     room = len(before["checkpoint.pt"]) // 2
     assert len(before["ppo.py"]) < room  # the script and the settings still fit
     result = run_agent(
-        "ppo", "--resume", "run", *flags(total_timesteps=1000), cwd=tmp_path,
+        "ppo", "--resume", "run", *flags(total_timesteps=1000, learning_rate=1e-4), cwd=tmp_path,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
     )  # fmt: skip
-    check_failure(result, "checkpoint.pt", status=1)
+    check_failure(result, os.strerror(errno.EFBIG), "checkpoint", status=1)
     after = contents(run_dir)
     assert {name: after.get(name) for name in before if name != "config.json"} == {
         name: content for name, content in before.items() if name != "config.json"
     }
-    assert after.keys() == before.keys()
+    assert all("tfevents" in name for name in after.keys() - before.keys()), "a half of a file is left"
 
 
 def test_disk_that_fills_up_while_training(cli, tmp_path, monkeypatch):
     """A disk that is full in the middle of training ends the run in one sentence, on a line of its own."""
-    fsync, calls = os.fsync, []
+    write_bytes, calls = Path.write_bytes, []
 
-    def full_fsync(file):
-        calls.append(file)
+    def full(path, content):
+        calls.append(path)
         if len(calls) > 5:
+            write_bytes(path, content[:100])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return fsync(file)
+        return write_bytes(path, content)
 
-    monkeypatch.setattr(os, "fsync", full_fsync)
+    monkeypatch.setattr(Path, "write_bytes", full)
     result = cli("ppo", *tiny("ppo", run_dir="run", checkpoint_minutes=0))
     monkeypatch.undo()
     run_dir = tmp_path / "run"
     assert 0 < steps_saved(run_dir) < 256
     assert not list(run_dir.glob("*.tmp")) and not (run_dir / "summary.json").exists()
-    check_failure(result, "checkpoint.pt", os.strerror(errno.ENOSPC), status=1)
+    check_failure(result, os.strerror(errno.ENOSPC), "checkpoint", status=1)
 
 
 def test_full_disk_for_the_curves(tmp_path):
     """Where the event file does not fit on the disk any more, the run ends in one sentence as well."""
     if not resource:
         pytest.skip("needs resource limits")
-    room = 60_000  # a few hundred iterations' curves
-    assert script("ppo").stat().st_size < room
+    room = 200_000  # the checkpoint and a few hundred iterations' curves
     argv = tiny("ppo", run_dir="run", num_envs=2, num_steps=8, update_epochs=1, total_timesteps=20_000)
     result = run_agent(
         "ppo", *argv, cwd=tmp_path,
@@ -444,3 +540,121 @@ def test_full_disk_for_the_curves(tmp_path):
     )  # fmt: skip
     assert steps_saved(tmp_path / "run") >= 0 and not list((tmp_path / "run").glob("*.tmp"))
     check_failure(result, status=1)
+
+
+# ---- what is not the agent's doing -----------------------------------------------------------------------------------
+
+
+def test_a_stdout_that_is_closed_or_full(runs, tmp_path):
+    """Nobody reads the summary any more: no traceback, and the files are there."""
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    runs("ppo").copy(tmp_path / "run")
+    command = f"{sys.executable} {script('ppo')} --evaluate run --eval-episodes 1"
+    ends = {"| true": 1, "> /dev/full": 1, ">&-": 0}  # what is not there at all is not written to
+    started = [
+        subprocess.Popen(
+            ["bash", "-o", "pipefail", "-c", f"{command} {end}"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        )
+        for end in ends
+    ]
+    for process, (end, status) in zip(started, ends.items()):
+        _, stderr = process.communicate(timeout=120)
+        result = Result(process.returncode, "", stderr)
+        if status:
+            check_failure(result, {"| true": os.strerror(errno.EPIPE)}.get(end, os.strerror(errno.ENOSPC)), status=1)
+        assert result.returncode == status and result.messages == result.messages[:status], stderr
+
+
+@each_agent
+def test_memory_that_cannot_be_given(agent, cli, tmp_path):
+    """Where the data of a run does not fit in memory, a sentence says so; `ulimit -v` stands for a small machine."""
+    if not resource or not Path("/proc/self/statm").exists():
+        pytest.skip("needs resource limits")
+    if "buffer_size" in settings(agent):
+        changes, words, status = {"buffer_size": 10**10}, ["--buffer-size"], 2
+    else:
+        changes, words, status = {"num_steps": 2**24, "num_minibatches": 1}, ["memory"], 1
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, before[1]))
+    try:
+        result = cli(agent, *tiny(agent, run_dir="run", **changes))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    check_failure(result, *words, status=status)
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", None])
+@each_agent
+def test_compile_without_a_compiler(agent, compiler, cli, tmp_path, monkeypatch):
+    """torch.compile without a C++ compiler would fail in the middle of a run."""
+    monkeypatch.setenv("CXX", compiler) if compiler else monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    check_failure(cli(agent, *tiny(agent, mode="compile")), "--mode compile", "C++ compiler")
+    assert not list(tmp_path.iterdir())
+    assert agent_named(agent).parse_args(tiny(agent, mode="auto")).mode == "auto", "which takes none, then"
+
+
+# ---- Weights & Biases ------------------------------------------------------------------------------------------------
+
+WANDB = """
+import json
+from pathlib import Path
+
+class Run:
+    def __init__(self, id):
+        self.id = id or "id-1"
+
+    def finish(self):
+        print("finished")
+
+def init(**options):
+    if Path("logged-out").exists():
+        raise RuntimeError("api_key not configured (no-tty). call wandb.login(key=[your_api_key])")
+    with open("calls", "a") as calls:
+        print(json.dumps(options), file=calls)
+    return Run(options["id"])
+"""
+
+
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+    """A folder for a module wandb that stands for the real one, which is no dependency."""
+    monkeypatch.setitem(sys.modules, "wandb", None)  # put back what there was
+    monkeypatch.delitem(sys.modules, "wandb")
+    (tmp_path / "site").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    yield tmp_path / "site"
+    sys.modules.pop("wandb", None)
+
+
+@each_agent
+def test_track(agent, wandb, cli, tmp_path):
+    """Settings and id go to Weights & Biases, which is done before the summary; a resumed run goes on there too."""
+    (wandb / "wandb.py").write_text(WANDB)
+    argv = tiny(agent, run_dir="run", track=True, eval_episodes=0)
+    (tmp_path / "logged-out").touch()
+    check_failure(cli(agent, *argv), "--track", "api_key not configured")
+    (tmp_path / "logged-out").unlink()
+    first = cli(agent, *argv)  # the same command once more
+    again = cli(agent, "--resume", "run", "--total-timesteps", 2 * whole_steps(agent, argv))
+    for result in (first, again):
+        assert result.stdout.splitlines()[0] == "finished" and final_json(result)["run_dir"] == "run"
+    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [call["id"] for call in calls] == [None, "id-1"] and calls[0]["sync_tensorboard"]
+    assert calls[0]["config"]["env_id"] == agent_named(agent).parse_args(argv).env_id
+    assert {call["name"] for call in calls} == {"run"} and calls[1]["resume"] == "allow"
+
+
+@each_agent
+def test_track_without_the_package(agent, wandb, cli, tmp_path):
+    """A folder named wandb, such as the package itself leaves, is not the package; the same command works later."""
+    for folder in (wandb, tmp_path):
+        (folder / "wandb" / "run-1").mkdir(parents=True)
+    argv = tiny(agent, run_dir="run", track=True, eval_episodes=0)
+    check_failure(cli(agent, *argv), "--track", "wandb")
+    sys.modules.pop("wandb", None)
+    (wandb / "wandb").rename(wandb / "other")
+    (wandb / "wandb.py").write_text(WANDB)
+    assert final_json(cli(agent, *argv))["run_dir"] == "run"

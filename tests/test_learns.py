@@ -1,7 +1,7 @@
 """Agents reach a score: seconds-long tasks always, longer ones with --slow."""
 
 import pytest
-from conftest import final_json, run_agent
+from conftest import final_json
 
 
 @pytest.mark.parametrize(
@@ -12,6 +12,6 @@ from conftest import final_json, run_agent
         pytest.param("ppo", "Acrobot-v1", 500_000, -90, marks=pytest.mark.slow),
     ],
 )
-def test_learns(agent, env_id, timesteps, least, tmp_path):
-    argv = ["--env-id", env_id, "--total-timesteps", str(timesteps), "--seed", "7", "--run-dir", "run"]
-    assert final_json(run_agent(agent, *argv, cwd=tmp_path))["eval_return_mean"] >= least
+def test_learns(agent, env_id, timesteps, least, cli):
+    argv = ["--env-id", env_id, "--total-timesteps", timesteps, "--seed", "7", "--run-dir", "run", "--device", "cpu"]
+    assert final_json(cli(agent, *argv))["eval_return_mean"] >= least

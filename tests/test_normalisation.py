@@ -1,14 +1,48 @@
 """Running statistics of observations and rewards: numpy's, over all rows that count, frozen when a run is scored."""
 
+import json
+from types import SimpleNamespace
+
 import gymnasium
 import numpy as np
 import pytest
 import torch
-from conftest import agents_with, final_json, read_checkpoint, tiny
-from test_math import GAMMA, rollout_with_resets
-from test_modes_agree import build
+from conftest import agents_with, read_checkpoint, tiny_args
 
+GAMMA = 0.9
 normalising = pytest.mark.parametrize("module", agents_with("Moments"))
+
+
+def build(module):
+    """An agent and the learning phase of four environments, in eager mode."""
+    args = module.Args(num_envs=4, num_steps=8, num_minibatches=2, update_epochs=2, gamma=GAMMA)
+    obs_space, actions = (gymnasium.spaces.Box(-1, 1, (n,), np.float32) for n in (6, 3))
+    envs = SimpleNamespace(single_observation_space=obs_space, single_action_space=actions)
+    torch.manual_seed(0)
+    agent, rollout = module.Agent((6,), [-1] * 3, [1] * 3), module.Rollout(args, envs, torch.device("cpu"))
+    optimizer = torch.optim.Adam(agent.parameters(), torch.tensor(0.01), eps=1e-5, fused=True)
+    _, learn = module.accelerate("eager", agent, optimizer, rollout, args)
+    return SimpleNamespace(**locals())
+
+
+def random_outcomes(T, N, seed, last_dones=None):
+    """Rewards, terminations and dones [T + 1, N] as next-step autoreset produces them: every end, then a reset row."""
+    rng = np.random.default_rng(seed)
+    rewards, dones = rng.normal(size=(T + 1, N)), rng.random((T + 1, N)) < 0.2
+    dones[0] = False if last_dones is None else last_dones
+    for t in range(T):
+        dones[t + 1] &= ~dones[t]
+        rewards[t + 1, dones[t]] = 0
+    return rewards, dones * (rng.random(dones.shape) < 0.5), dones.astype(float)
+
+
+def loop_of_returns(rewards, dones, running):
+    """Discounted returns so far, [T, N], step by step."""
+    returns = []
+    for reward, reset in zip(rewards[1:], dones[:-1]):
+        running = reward + GAMMA * running * (1 - reset)
+        returns.append(running)
+    return np.array(returns)
 
 
 @normalising
@@ -29,59 +63,52 @@ def test_moments_are_numpys_however_the_rows_arrive(module):
 
 @normalising
 def test_discounted_returns_are_the_loop_and_go_on_over_rollouts(module):
-    rewards, _, _, dones = map(torch.tensor, rollout_with_resets(40, 5, seed=2))
+    rewards, _, dones = map(torch.tensor, random_outcomes(40, 5, seed=2, last_dones=np.arange(5) % 2 == 0))
     before = torch.randn(5, dtype=torch.float64)
-    expected, running = [], before.numpy()
-    for reward, reset in zip(rewards.numpy(), dones.numpy()):
-        running = reward + GAMMA * running * (1 - reset)
-        expected.append(running)
     whole = module.discounted_returns(rewards, dones, before, GAMMA)
+    expected = loop_of_returns(rewards.numpy(), dones.numpy(), before.numpy())
     np.testing.assert_allclose(whole, expected, rtol=1e-9, atol=1e-12)
     for cut in (1, 17, 39):
-        first = module.discounted_returns(rewards[:cut], dones[: cut + 1], before, GAMMA)
+        first = module.discounted_returns(rewards[: cut + 1], dones[: cut + 1], before, GAMMA)
         second = module.discounted_returns(rewards[cut:], dones[cut:], first[-1], GAMMA)
         torch.testing.assert_close(torch.cat([first, second]), whole)
 
 
 def learn_from(it, number):
-    """A rollout of random data through the learning phase; returns what was in it."""
-    rng, rollout = np.random.default_rng(number), it.rollout
-    rewards, _, terminations, dones = rollout_with_resets(*rollout.rewards.shape, seed=number)
-    data = {"obs": rng.normal(3, 2, size=rollout.obs.shape), "rewards": rewards, "dones": dones}
-    rollout.obs.copy_(torch.tensor(data["obs"]))
+    """A rollout of random data through the learning phase; returns its observations, rewards and dones."""
+    rollout, generator = it.rollout, torch.Generator().manual_seed(number)
+    T, N = rollout.actions.shape[:2]
+    rewards, terminations, dones = random_outcomes(T, N, number, rollout.host_outcomes[2, -1].numpy() == 1)
+    obs = np.random.default_rng(number).normal(3, 2, size=rollout.obs.shape)
+    rollout.obs.copy_(torch.tensor(obs))
     rollout.host_obs.copy_(rollout.obs[-1])
-    rollout.actions.normal_(generator=torch.Generator().manual_seed(number))
-    for name, values in (("rewards", rewards), ("terminations", terminations), ("dones", dones)):
-        getattr(rollout, f"host_{name}").copy_(torch.tensor(values))
-    it.module.draw_noise(rollout, torch.Generator().manual_seed(number))
+    rollout.actions.normal_(generator=generator)
+    rollout.host_outcomes.copy_(torch.tensor(np.stack([rewards, terminations, dones])))
+    it.module.draw_noise(rollout, generator)
     it.learn()
-    return data
+    return obs, rewards, dones
 
 
 @normalising
 def test_the_learning_phase_takes_in_each_row_that_counts_once(module):
     """Three rollouts, whose statistics are those of all rows but the reset rows; returns go on from one to the next."""
-    it = build(module, "eager", "cpu", gamma=GAMMA)
-    rollouts = [learn_from(it, number) for number in range(3)]
-    valid = np.concatenate([r["dones"][:-1] for r in rollouts]) == 0
-    obs = np.concatenate([r["obs"][:-1] for r in rollouts])[valid]
+    it = build(module)
+    rollouts, returns = [learn_from(it, number) for number in range(3)], [np.zeros((1, 4))]
+    valid = np.concatenate([dones[:-1] for _, _, dones in rollouts]) == 0
+    obs = np.concatenate([obs[:-1] for obs, _, _ in rollouts])[valid]
     np.testing.assert_allclose(it.agent.obs_moments.mean, obs.mean(0), rtol=1e-4)
     np.testing.assert_allclose(it.agent.obs_moments.var, obs.var(0), rtol=1e-4)
-
-    running, returns = 0, []
-    for r in rollouts:
-        for reward, reset in zip(r["rewards"], r["dones"]):
-            running = reward + GAMMA * running * (1 - reset)
-            returns.append(running)
-    np.testing.assert_allclose(it.agent.return_moments.var, np.array(returns)[valid].var(), rtol=1e-4)
+    for _, rewards, dones in rollouts:
+        returns.append(loop_of_returns(rewards, dones, returns[-1][-1]))
+    np.testing.assert_allclose(it.agent.return_moments.var, np.concatenate(returns[1:])[valid].var(), rtol=1e-4)
     assert it.agent.return_moments.count == it.agent.obs_moments.count == valid.sum()
-    np.testing.assert_allclose(it.rollout.discounted, running, rtol=1e-4)
+    np.testing.assert_allclose(it.rollout.discounted, returns[-1][-1], rtol=1e-4)
 
 
 @normalising
 def test_a_rollout_is_learnt_from_with_the_statistics_it_was_acted_with(module):
     """So the first minibatch finds every ratio at one: its KL divergence is zero, whatever the statistics."""
-    it = build(module, "eager", "cpu")
+    it = build(module)
     learn_from(it, 0)
     it.rollout.obs.add_(1)
     obs, used = it.rollout.obs[0], []
@@ -89,19 +116,19 @@ def test_a_rollout_is_learnt_from_with_the_statistics_it_was_acted_with(module):
 
     def watch(*inputs):
         grads, metrics = module.gradients(*inputs)
-        used.append((it.agent.normalize(obs), metrics))
+        used.append((it.agent.normalize(obs), dict(metrics)))
         return grads, metrics
 
-    module.update(it.agent, it.optimizer, it.rollout, it.args, it.metrics, gradients=watch)
+    module.update(it.agent, it.optimizer, it.rollout, it.args, gradients=watch)
     assert all(torch.equal(acted, normalised) for normalised, _ in used)
-    kl, clipfrac = used[0][1][[module.METRICS.index("approx_kl"), module.METRICS.index("clipfrac")]]
-    assert abs(kl) < 1e-6 and clipfrac == 0
+    first, last = used[0][1], used[-1][1]
+    assert abs(first["approx_kl"]) < 1e-6 and first["clipfrac"] == 0 and last["approx_kl"] > 1e-5
     assert not torch.equal(acted, it.agent.normalize(obs)), "they change once the rollout is done with"
 
 
 @normalising
 def test_observations_are_normalised_and_rewards_only_scaled_within_ten(module):
-    agent = module.Agent((2,), 1)
+    agent = module.Agent((2,), [-1], [1])
     agent.obs_moments.mean.copy_(torch.tensor([3.0, 0.0]))
     agent.obs_moments.var.copy_(torch.tensor([4.0, 0.0]))
     obs = torch.tensor([[5.0, 0.0], [-1e9, 1e9]])
@@ -109,47 +136,54 @@ def test_observations_are_normalised_and_rewards_only_scaled_within_ten(module):
     agent.return_moments.mean.fill_(7.0)
     agent.return_moments.var.fill_(16.0)
     torch.testing.assert_close(agent.scale(torch.tensor([2.0, -4.0, 1e6])), torch.tensor([0.5, -1.0, 10.0]))
-    for outputs in (agent.policy, agent.value):
-        assert torch.equal(outputs(torch.tensor([[1e9, 0.0]])), outputs(torch.tensor([[1e6, 0.0]])))
+    for far, near in zip(agent(torch.tensor([[1e9, 0.0]])), agent(torch.tensor([[1e6, 0.0]]))):
+        assert torch.equal(far, near), "the network sees clipped observations"
 
 
 @normalising
-def test_the_warm_up_puts_back_all_that_learning_changes(module, monkeypatch):
-    """Statistics and running returns belong to the state of a captured learning phase, as parameters do."""
-    listed = []
-    monkeypatch.setattr(module, "warm_up", lambda step, state: listed.append(state()))
-    it = build(module, "compile", "cpu")
-    state = {id(x) for x in listed[-1]}
-    assert {id(x) for x in (*it.agent.parameters(), *it.agent.buffers(), it.rollout.discounted)} <= state
-
-
-@normalising
-def test_scoring_leaves_the_statistics_alone_and_a_checkpoint_has_them(module, cli, tmp_path):
+def test_scoring_leaves_the_statistics_alone_and_a_checkpoint_has_them(module, tmp_path):
     """The score of a loaded checkpoint is the run's own; with other statistics the same weights score otherwise."""
-    agent = module.__name__
-    trained = final_json(cli(agent, *tiny(agent, run_dir="run", seed=3)))
-    checkpoint = read_checkpoint(tmp_path / "run")
+    run, args = tmp_path / "run", tiny_args(module, tmp_path, seed=3)
+    trained = module.main(args)
+    checkpoint = read_checkpoint(run)
     statistics = {name for name in checkpoint["agent"] if "moments" in name}
     assert len(statistics) == 6 and checkpoint["agent"]["obs_moments.count"] > 0.9 * trained["global_step"]
-    assert final_json(cli(agent, "--evaluate", "run"))["eval_returns"] == trained["eval_returns"]
+
+    def score(*flags):
+        return module.main(module.parse_args(["--evaluate", str(run), *flags]))
+
+    assert score()["eval_returns"] == trained["eval_returns"]
+    greedy = score("--eval-greedy")  # both scores, whichever is asked for
+    kinds = "eval_sampled_return_mean", "eval_greedy_return_mean"
+    assert greedy[kinds[0]] != greedy[kinds[1]] and all(greedy[kind] == trained[kind] for kind in kinds)
+    assert (trained["eval_return_mean"], greedy["eval_return_mean"]) == tuple(trained[kind] for kind in kinds)
     checkpoint["agent"]["obs_moments.mean"] += 1
-    torch.save(checkpoint, tmp_path / "run" / "checkpoint.pt")
-    assert final_json(cli(agent, "--evaluate", "run"))["eval_returns"] != trained["eval_returns"]
+    torch.save(checkpoint, run / "checkpoint.pt")
+    assert score()["eval_returns"] != trained["eval_returns"]
+
+    # what a user deploys: the network from the run folder, which gives actions that the environment takes
+    agent = module.Agent(**json.loads((run / "config.json").read_text())["network"])
+    agent.load_state_dict(checkpoint["agent"])
+    space = module.make_envs(args, 1, seed=1).single_action_space
+    drawn, actions = agent.policy(torch.randn(50, *agent.obs_moments.mean.shape), 3 * torch.randn(50, *space.shape))
+    assert (drawn.abs() > 1).any()
+    np.testing.assert_array_equal(actions.detach(), np.clip(drawn.detach().numpy(), space.low, space.high))
 
 
 @normalising
 def test_evaluation_changes_no_tensor(module):
     envs = module.make_envs(module.Args(env_id="Hopper-v4"), 2, seed=1)
-    agent = module.Agent(envs.single_observation_space.shape, *envs.single_action_space.shape)
+    agent = module.Agent(envs.single_observation_space.shape, [-1] * 3, [1] * 3)
     before = {name: x.clone() for name, x in agent.state_dict().items()}
-    assert len(module.evaluate(agent, envs, 2, torch.Generator().manual_seed(1))) == 2
+    for greedy in (False, True):
+        assert len(module.evaluate(agent, envs, torch.Generator().manual_seed(1), greedy)) == 2
     assert all(torch.equal(before[name], x) for name, x in agent.state_dict().items())
 
 
 class Spy:
     """An environment that remembers the actions it was given, whose float64 bounds no float32 meets."""
 
-    num_envs = 2
+    num_envs, metadata = 2, {"autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP}
     single_observation_space = gymnasium.spaces.Box(-9, 9, (3,), np.float64)
     single_action_space = gymnasium.spaces.Box(np.array([-0.1, -0.4]), np.array([0.1, 0.4]), dtype=np.float64)
     given = []
@@ -158,7 +192,6 @@ class Spy:
         self.rng, self.elapsed = np.random.default_rng(0), 0
 
     def reset(self):
-        self.__init__()
         return self.rng.normal(size=(2, 3)), {}
 
     def step(self, actions):
@@ -176,21 +209,38 @@ def test_environments_get_clipped_actions_and_the_loss_drawn_ones(module, tmp_pa
 
     def update(agent, optimizer, rollout, *rest):
         drawn.append(rollout.actions.clone())
-        real_update(agent, optimizer, rollout, *rest)
+        return real_update(agent, optimizer, rollout, *rest)
 
     monkeypatch.setattr(module, "update", update)
     sizes = {"num_envs": 2, "num_steps": 8, "num_minibatches": 1, "total_timesteps": 2 * 8 * 4, "eval_episodes": 2}
     module.main(module.Args(**sizes, device="cpu", mode="eager", run_dir=str(tmp_path / "run")))
     drawn, space = torch.cat(drawn).double().numpy(), Spy.single_action_space
-    assert (abs(drawn) > space.high).mean() > 0.5, "the first policies draw with a standard deviation of one"
+    assert (abs(drawn) > 2 * space.high).mean() > 0.5, "the first policies draw with a standard deviation of one"
     np.testing.assert_array_equal(Spy.given[: len(drawn)], np.clip(drawn, space.low, space.high))
     assert len(Spy.given) > len(drawn) and all(space.contains(a) for actions in Spy.given for a in actions)
 
 
 @normalising
-def test_what_cannot_be_drawn_is_refused_before_training(module, cli, tmp_path, monkeypatch):
+def test_an_action_that_is_no_number_does_not_reach_the_environment(module):
+    agent = module.Agent((2,), [-1, -2], [1, 2])
+    drawn, actions = agent.policy(torch.zeros(1, 2), torch.tensor([[torch.nan, torch.inf]]))
+    assert drawn.isnan().any() and actions.tolist() == [[-1, 2]]
+
+
+@normalising
+@pytest.mark.parametrize("bounds, dtype", [(np.inf, np.float32), (5, np.int64)])
+def test_refuses_actions_without_bounds_and_whole_numbers(module, bounds, dtype):
+    envs = Spy()
+    envs.single_action_space = gymnasium.spaces.Box(-bounds, bounds, (2,), dtype)
+    module.check_envs(module.Args(), Spy())
+    with pytest.raises(module.UserError, match="--env-id HalfCheetah-v4: this agent needs"):
+        module.check_envs(module.Args(), envs)
+
+
+@normalising
+def test_what_cannot_be_drawn_is_refused_before_training(module, tmp_path, monkeypatch):
     """MuJoCo ends the process that draws without an OpenGL driver: here, the one that only tries."""
     monkeypatch.setattr("sys.executable", "false")
-    result = cli(module.__name__, *tiny(module.__name__, run_dir="run"), "--video")
-    assert result.returncode == 2 and len(result.messages) == 1
-    assert "--video" in result.messages[0] and not list(tmp_path.iterdir())
+    with pytest.raises(module.UserError, match="--video"):
+        module.main(tiny_args(module, tmp_path, video=True))
+    assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import agent_named
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -147,36 +148,6 @@ def test_reason(err, said):
     assert peers.reason(err) == said
 
 
-def test_table_shows_the_newest_row_of_each(tmp_path):
-    results, page = tmp_path / "peers.jsonl", tmp_path / "README.md"
-    facts = {"comparison": "c", "agent": "ppo", "cpu": "CPU", "cores": 2, "commit": "abc", "date": "2026-01-01"}
-    old = facts | {"peer": "stable==1", "sps": {"sb3": [100.0], "eager": [300.0]}, "ratios": {"eager": [3.0]}}
-    new = facts | {"peer": "stable==2", "peer_name": "sb3", "sps": {"sb3": [100.0, 100.0], "compile": [400.0, 600.0]}}
-    bad = facts | {"peer": "other==1", "peer_name": "other", "failed": "does not | run"}
-    rows = [old | {"peer": "stable==0"}, old, new | {"ratios": {"compile": [4.0, 6.0]}}, bad]
-    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    page.write_text("# Page\n\nbefore\n")
-    for _ in range(2):  # the second time between the markers of the first
-        peers.main(peers.Args(report=True, results=results, page=page))
-        text = page.read_text()
-        assert text.startswith("# Page\n\nbefore\n\n") and text.count(peers.BEGIN) == text.count(peers.END) == 1
-        assert "stable==0" not in text
-        assert "| c | ppo | stable==1 | eager | 3.00 (3.00–3.00) | 1 | 300 | 100 | CPU, 2 cores |" in text
-        assert "| c | ppo | stable==2 | compile | 5.00 (4.00–6.00) | 2 | 500 | 100 |" in text
-        assert "| c | ppo | other==1 | – | failed: does not / run |" in text
-    results.write_text(results.read_text() + json.dumps(bad | {"peer_name": "sb3"}) + "\n")
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
-    assert "eager" not in peers.table(rows) and peers.table(rows).count("failed") == 2
-    assert peers.table([*rows, old]).count("failed") == 1
-    text = peers.table([old, old | {"cores": 1}])
-    assert "| CPU, 2 cores |" in text and "| CPU, 1 core |" in text, "a machine of another size has a row of its own"
-
-
-def test_rows_of_before_stay_readable():
-    rows = [json.loads(line) for line in (ROOT / "benchmarks/peers.jsonl").read_text().splitlines()]
-    assert "| cartpole | ppo | stable-baselines3==2.9.2 | compile |" in peers.table(rows)
-
-
 def test_every_peer_has_its_script_and_every_comparison_a_peer():
     taken = [name for peer in peers.PEERS.values() for name in peer.comparisons]
     assert set(taken) == set(peers.COMPARISONS)
@@ -184,3 +155,16 @@ def test_every_peer_has_its_script_and_every_comparison_a_peer():
     assert peers.COMPARISONS["cartpole-defaults"][1] == ["--eval-episodes", "0"]
     with pytest.raises(SystemExit):
         peers.main(peers.Args(only=("cartpool",)))
+
+
+def test_precision_is_named_where_a_default_could_change_it():
+    for name, (agent, flags, *_) in peers.COMPARISONS.items():
+        if "atari" in agent or name in ("sac", "td3"):
+            assert flags[flags.index("--precision") + 1] == ("bf16" if "atari" in agent else "fp32")
+
+
+@pytest.mark.parametrize("name", sorted(peers.COMPARISONS))
+def test_agents_know_the_flags_of_the_comparisons(name):
+    agent, flags, *_, steps, _ = peers.COMPARISONS[name]
+    args = agent_named(agent).parse_args([*flags, "--total-timesteps", str(steps)])
+    assert args.eval_episodes == 0

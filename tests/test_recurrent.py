@@ -1,13 +1,13 @@
 """Recurrent agents: what the state of the LSTM is at every boundary, and that it remembers."""
 
 import copy
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
 from conftest import agent_named, agents_with
-from test_modes_agree import build, iterate
 
 recurrent = pytest.mark.parametrize("module", agents_with("remember"))
 
@@ -15,7 +15,7 @@ recurrent = pytest.mark.parametrize("module", agents_with("remember"))
 def sequences(T, N, seed):
     """Pictures, a state that is not zero and dones, as `remember` takes them."""
     generator = torch.Generator().manual_seed(seed)
-    obs = torch.randint(256, (T, N, 1, 21, 21, 16), dtype=torch.uint8, generator=generator)
+    obs = torch.randint(256, (T, N, 1, 84, 84), dtype=torch.uint8, generator=generator)
     dones = (torch.rand(T, N, generator=generator) < 0.3).float()
     return obs, torch.randn(2, N, 128, generator=generator), dones
 
@@ -30,8 +30,8 @@ def test_without_ends_it_is_torchs_lstm(module):
     lstm.weight_hh_l0[:], lstm.bias_hh_l0[:] = agent.state_gates.weight, agent.state_gates.bias
     memories, after = module.remember(agent, obs, state, torch.zeros_like(dones))
     outputs, ends = lstm(agent.hidden(obs.flatten(0, 1)).view(6, 2, 512), tuple(state[:, None]))
-    torch.testing.assert_close(memories, outputs.flatten(0, 1), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(after, torch.cat(ends), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(memories, outputs.flatten(0, 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after, torch.cat(ends), rtol=1e-4, atol=1e-5)
 
 
 @recurrent
@@ -42,8 +42,8 @@ def test_a_sequence_cut_in_two_is_one(module):
     for cut in (1, 5):
         first, middle = module.remember(agent, obs[:cut], state, dones[:cut])
         second, end = module.remember(agent, obs[cut:], middle, dones[cut:])
-        torch.testing.assert_close(torch.cat([first, second]), whole, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(end, after, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.cat([first, second]), whole, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(end, after, rtol=1e-4, atol=1e-5)
 
 
 @recurrent
@@ -65,52 +65,62 @@ def test_an_episode_begins_with_a_zero_state(module):
     assert (after[:, 1] == 0).all() and (after[:, 0] != 0).all()
 
 
+def play(acts, rollout, rng):
+    """One rollout on random pictures and dones, which follow those of the rollout before."""
+    outcomes = rollout.host_outcomes
+    outcomes[:, 0] = outcomes[:, -1].clone()
+    for t, step in enumerate(acts):
+        rollout.host_obs.copy_(torch.tensor(rng.integers(256, size=rollout.host_obs.shape)))
+        step()
+        dones = rng.random(outcomes.shape[2]) < 0.2
+        outcomes[:, t + 1] = torch.tensor(np.stack([rng.normal(size=dones.shape), dones, dones]))
+    rollout.host_obs.copy_(torch.tensor(rng.integers(256, size=rollout.host_obs.shape)))
+
+
 @recurrent
-def test_learning_sees_what_acting_saw(module, monkeypatch):
+def test_learning_sees_what_acting_saw(module):
     """Log-probabilities recomputed from the stored state are those acted on, through ends and over three rollouts."""
-    acted, learnt, valued = [], [], []
-    sample_actions, ppo_loss, gae = module.sample_actions, module.ppo_loss, module.gae
-
-    def sample(agent, memories, gumbel):
-        acted.append(agent.policy(memories).log_softmax(-1))
-        return sample_actions(agent, memories, gumbel)
-
-    def loss(agent, args, memories, actions, logprobs, *rest):
-        with torch.no_grad():
-            learnt.append((logprobs, module.evaluate_actions(agent, memories, actions)[0]))
-        return ppo_loss(agent, args, memories, actions, logprobs, *rest)
-
-    def targets(rewards, values, *rest):
-        valued.append(values)
-        return gae(rewards, values, *rest)
-
-    for name, function in {"sample_actions": sample, "ppo_loss": loss, "gae": targets}.items():
-        monkeypatch.setattr(module, name, function)
-    it = build(module, "eager", "cpu")
-    it.lr.fill_(0.003)
+    args = module.Args(num_envs=4, num_steps=8, num_minibatches=2, update_epochs=2)
+    actions = gymnasium.spaces.Discrete(3)
+    pictures = gymnasium.spaces.Box(0, 255, (1, 84, 84), np.uint8)
+    envs, device = SimpleNamespace(single_observation_space=pictures, single_action_space=actions), torch.device("cpu")
+    torch.manual_seed(0)
+    agent, rollout, rng = module.Agent(3), module.Rollout(args, envs, device), np.random.default_rng(0)
+    optimizer = torch.optim.Adam(agent.parameters(), torch.tensor(0.003), eps=1e-5, fused=True)
+    acts, _ = module.accelerate("eager", agent, optimizer, rollout, args)
     for number in range(3):
-        acted.clear(), learnt.clear()
-        before, state = copy.deepcopy(it.agent), it.rollout.state.clone()
-        assert torch.equal(state, it.rollout.first_state) and (number == 0) == (state == 0).all()
-        actions = iterate(it, number).long()
-        chosen = torch.stack(acted).gather(-1, actions[..., None]).squeeze(-1)
-        for envs, (logprobs, _) in zip(it.rollout.permutations[0].split(2), learnt):
-            torch.testing.assert_close(logprobs, chosen[:, envs].flatten(), rtol=0, atol=1e-5)
-        torch.testing.assert_close(*learnt[0], rtol=0, atol=1e-6)  # the ratio starts at 1
+        learnt, before, state = [], copy.deepcopy(agent), rollout.state.clone()
+        assert torch.equal(state, rollout.first_state) and (number == 0) == (state == 0).all()
+        module.draw_noise(rollout, torch.Generator().manual_seed(number))
+        play(acts, rollout, rng)
+
+        def watch(agent, args, memories, actions, logprobs, *rest):
+            with torch.no_grad():
+                learnt.append((logprobs, module.evaluate_actions(agent, memories, actions)[0]))  # noqa: B023
+            return module.ppo_loss(agent, args, memories, actions, logprobs, *rest)
+
+        module.update(agent, optimizer, rollout, args, ppo_loss=watch)
+        assert len(learnt) == 4
+        for columns, (logprobs, _) in zip(rollout.permutations.view(4, 2), learnt):
+            assert torch.equal(logprobs, rollout.logprobs[:, columns].flatten()), "whole sequences of two environments"
+        torch.testing.assert_close(*learnt[0], rtol=0, atol=1e-5)  # the ratio starts at 1
         assert not torch.allclose(*learnt[-1], rtol=0, atol=1e-3), "and moves"
         with torch.no_grad():  # the bootstrap too, as if all T + 1 rows were one sequence
-            memories, _ = module.remember(before, it.rollout.obs, state, it.rollout.dones)
-            torch.testing.assert_close(valued[-1].flatten(), before.value(memories), rtol=0, atol=1e-5)
-        ended = it.rollout.dones[len(acted) - 1] == 1
-        assert torch.equal((it.rollout.state == 0).all(-1), ended.expand(2, -1))
+            memories, _ = module.remember(before, rollout.obs, state, rollout.outcomes[2])
+            logits, values = before(memories)
+            chosen = logits.log_softmax(-1).view(9, 4, 3)[:-1].gather(-1, rollout.actions[..., None]).squeeze(-1)
+            torch.testing.assert_close(rollout.values.flatten(), values, rtol=0, atol=1e-5)
+            torch.testing.assert_close(rollout.logprobs, chosen, rtol=0, atol=1e-5)
+        ended = rollout.outcomes[2, -2] == 1
+        assert torch.equal((rollout.state == 0).all(-1), ended.expand(2, -1))
 
 
 @recurrent
-def test_refuses_minibatches_that_would_cut_sequences(module, tmp_path, capfd):
-    sizes = {"num_envs": 6, "num_steps": 8, "num_minibatches": 4, "total_timesteps": 48}
-    with pytest.raises(SystemExit) as end:
-        module.main(module.Args(**sizes, run_dir=str(tmp_path / "run")))
-    assert end.value.code == 2 and "--num-minibatches 4" in capfd.readouterr().err and not list(tmp_path.iterdir())
+def test_refuses_minibatches_that_would_cut_sequences(module):
+    sizes = {"num_envs": 6, "num_steps": 8, "total_timesteps": 48}
+    module.Args(**sizes, num_minibatches=3)
+    with pytest.raises(ValueError, match="--num-minibatches 4"):
+        module.Args(**sizes, num_minibatches=4)
 
 
 # ---- a task that needs a memory --------------------------------------------------------------------------------------
@@ -119,20 +129,20 @@ def test_refuses_minibatches_that_would_cut_sequences(module, tmp_path, capfd):
 class Recall:
     """Games whose first picture is bright on one side; five dark ones later, the action has to name that side.
 
-    Right is worth 1, wrong -1, and guessing 0. `stack` pictures are shown at a time, the newest last.
+    Right is worth 1, wrong -1, and guessing 0. `stack` pictures are shown at a time, the newest last. A game is over
+    at every end of number `lives`; those between are lost lives.
     """
 
-    delay = 5
+    delay, metadata = 5, {"autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP}
     single_action_space = gymnasium.spaces.Discrete(2)
 
-    def __init__(self, num_envs, seed, stack):
-        self.rng, self.num_envs = np.random.default_rng(seed), num_envs
+    def __init__(self, num_envs, seed, stack, lives=1):
+        self.rng, self.num_envs, self.lives, self.ends = np.random.default_rng(seed), num_envs, lives, 0
         self.single_observation_space = gymnasium.spaces.Box(0, 255, (stack, 84, 84), np.uint8)
         self.obs = np.zeros((num_envs, stack, 84, 84), np.uint8)
         self.elapsed, self.sides = np.full(num_envs, self.delay + 1), np.zeros(num_envs, int)
 
     def reset(self):
-        self.__init__(self.num_envs, self.rng, self.obs.shape[1])
         return self.step(np.zeros(self.num_envs))[0], {}
 
     def step(self, actions):
@@ -146,7 +156,8 @@ class Recall:
         for n in np.flatnonzero(starting):
             half = slice(42) if self.sides[n] == 0 else slice(42, None)
             self.obs[n, -1, :, half] = 255
-        infos = {"info:reward": rewards, "info:terminated": ending}
+        self.ends += ending
+        infos = {"reward": rewards, "terminated": ending & (self.ends % self.lives == 0)}
         return self.obs.copy(), rewards, ending, np.zeros_like(ending), infos
 
 
@@ -154,15 +165,19 @@ def play_recall(agent, stack, convolutional, monkeypatch, tmp_path, seed=1):
     """Train an agent on Recall as its `main` does and return the mean of 200 games afterwards."""
     module = agent_named(agent)
 
+    class Pixels(torch.nn.Module):
+        """Every twelfth pixel of pictures [batch, stack, 84, 84], in a row."""
+
+        def forward(self, pictures):
+            return pictures[..., 6::12, 6::12].flatten(1)
+
     class Sparse(module.Agent):
         """The agent, but for one layer over every twelfth pixel in place of its convolutions: far cheaper."""
 
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            self.convolutions, self.linear = None, module.layer_init(torch.nn.Linear(49 * stack, 512))
-
-        def hidden(self, obs):
-            return self.linear(obs[..., 1::3, 1::3, 10].flatten(1) / 255).relu()
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            linear = module.layer_init(torch.nn.Linear(49 * stack, 512))
+            self.network = torch.nn.Sequential(Pixels(), linear, torch.nn.ReLU())
 
     monkeypatch.setattr(module, "make_envs", lambda args, num_envs, seed: Recall(num_envs, seed, stack))
     if not convolutional:
@@ -181,14 +196,15 @@ def test_recalls_what_a_stack_of_pictures_cannot(convolutional, monkeypatch, tmp
 
 
 @recurrent
-def test_an_evaluated_game_begins_with_a_zero_state(module, monkeypatch):
+def test_an_evaluated_episode_begins_with_a_zero_state(module, monkeypatch):
+    """After a lost life as well, as in training."""
     seen, remember = [], module.remember
 
     def record(agent, obs, state, dones):
-        seen.append((obs[0, :, 0].amax((1, 2, 3)) > 0, state.abs().amax((0, 2))))
+        seen.append((obs[0].amax((1, 2, 3)) > 0, state.abs().amax((0, 2))))
         return remember(agent, obs, state, dones)
 
     monkeypatch.setattr(module, "remember", record)
-    module.evaluate(module.Agent(2), Recall(3, seed=0, stack=1), 9, torch.Generator().manual_seed(0))
+    module.evaluate(module.Agent(2), Recall(3, seed=0, stack=1, lives=3), torch.Generator().manual_seed(0), False)
     first_picture, state = map(torch.cat, zip(*seen))
-    assert first_picture.sum() >= 9 and torch.equal(first_picture, state == 0)
+    assert first_picture.sum() == 9 and torch.equal(first_picture, state == 0)

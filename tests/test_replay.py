@@ -1,115 +1,193 @@
-"""The replay buffers give back what went in: every transition, whole, as often as every other, and no reset row."""
+"""The replay buffers give back what went in, at every seam, each transition as often as every other; and updates,
+memory and resumption of the agents that have one. A plain list of steps is what they are compared with.
+"""
 
-import re
-from pathlib import Path
+import io
+import math
+from collections import Counter
 from types import SimpleNamespace
 
+import envpool
 import numpy as np
 import pytest
 import torch
-from conftest import agents_with, read_checkpoint, tiny_args
+from conftest import agents_with, continuous, read_checkpoint, tiny_args
+
+each_replay = pytest.mark.parametrize("module", agents_with("check_memory"))
+real_agents = pytest.mark.parametrize("module", agents_with("sac_critic_loss") + agents_with("td3_critic_loss"))
+CPU = torch.device("cpu")
 
 
-def scripted(T, N, seed, first=0):
-    """T steps of N environments that number their observations; every end is followed by a reset row.
+class Steps:
+    """Steps of all environments in a plain list: what a replay buffer must hold that keeps `num_rows` transitions."""
 
-    Returns obs [T + 1, N, 2], actions, rewards, terminations [T, N], dones [T + 1, N], and as tuples of numbers the
-    transitions that must be held afterwards, in their order.
+    def __init__(self, num_rows):
+        self.num_rows, self.obs, self.outcomes, self.actions = num_rows, [], [], []
+
+    def store(self, obs, rewards, terminations, dones):
+        self.obs.append(np.array(obs, np.uint8 if obs.dtype == np.uint8 else np.float32))
+        self.outcomes.append(np.array([rewards, terminations, dones], np.float32))
+
+    def resume(self):
+        """The step that was never acted on is lost, and no transition leads from here to where environments begin."""
+        del self.obs[len(self.actions) :], self.outcomes[len(self.actions) :]
+        self.outcomes[-1][2] = 1
+
+    def held(self) -> Counter:
+        """The valid transitions of the latest rows, with how many there are of each."""
+        transitions, last = Counter(), len(self.actions) - 1
+        for row in range(max(0, last - self.num_rows), last):
+            for n in np.flatnonzero(self.outcomes[row][2] == 0):
+                rewards, terminations, _ = self.outcomes[row + 1]
+                now, after = self.obs[row][n].tobytes(), self.obs[row + 1][n].tobytes()
+                transitions[now, self.actions[row][n].tobytes(), rewards[n], terminations[n], after] += 1
+        return transitions
+
+    def check(self, replay):
+        """Every transition comes back with what belongs to it, and three times out of three times their number."""
+        count = min(len(self.actions) - 1, self.num_rows) * len(self.obs[0])
+        drawn = [x.numpy() for x in replay.sample(torch.arange(3 * count))]
+        rows = [(o.tobytes(), a.tobytes(), r, e, p.tobytes()) for o, a, r, e, p, valid in zip(*drawn) if valid == 1]
+        assert Counter(rows) == Counter({key: 3 * number for key, number in self.held().items()})
+        assert set(np.unique(drawn[-1])) <= {0, 1}, "valid or not"
+
+
+def scripted(module, N, rng):
+    """Steps of N environments with next-step autoreset, without end; for frames, also with lost lives and ages.
+
+    Every observation is another: its numbers are the environment, the step and the game.
     """
-    rng, expected = np.random.default_rng(seed), []
-    obs = np.stack(np.meshgrid(np.arange(first, first + T + 1), np.arange(N), indexing="ij"), axis=-1).astype(
-        np.float32
-    )
-    actions, rewards = rng.integers(5, size=(T, N)), rng.normal(size=(T, N)).astype(np.float32)
-    dones, terminations = np.zeros((T + 1, N), np.float32), np.zeros((T, N), np.float32)
-    for t in range(T):
+    frames, over, done = hasattr(module, "FrameReplay"), np.ones(N, bool), np.zeros(N, bool)
+    game, ages, stacks, step = np.zeros(N, int), np.zeros(N), [None] * N, 0
+    while True:
+        reset, started = done.copy(), over.copy()
+        done = ~reset & (rng.random(N) < 0.3) if step else np.zeros(N, bool)
+        terminations, over = done & (rng.random(N) < 0.5), done & ((rng.random(N) < 0.5) | (not frames))
+        rewards, obs = np.where(reset, 0, rng.normal(size=N)), []
         for n in range(N):
-            if dones[t, n]:
-                continue
-            dones[t + 1, n] = rng.random() < 0.3
-            terminations[t, n] = dones[t + 1, n] and rng.random() < 0.5
-            row = [*obs[t, n], actions[t, n], rewards[t, n], terminations[t, n], *obs[t + 1, n]]
-            expected.append(tuple(map(float, row)))
-    return [torch.tensor(x) for x in (obs, actions, rewards, terminations, dones)], expected
+            game[n] += started[n]
+            picture = np.array([[n, step % 256], [step // 256, game[n] % 256]])
+            stacks[n] = [picture] * 4 if started[n] else [*stacks[n][1:], picture]
+            obs.append(stacks[n] if frames else picture.flatten())
+            ages[n] = 0 if started[n] else ages[n] + 1
+        yield np.array(obs, np.uint8 if frames else np.float32), (rewards, terminations, done, ages)[: 3 + frames]
+        step += 1
 
 
-def held(batch) -> list[tuple]:
-    """The transitions of a sample as tuples of numbers."""
-    rows = torch.cat([x.double().reshape(len(batch[0]), -1) for x in batch], dim=1)
-    return [tuple(row) for row in rows.tolist()]
+def new_replay(module, N, size):
+    """A replay buffer for `size` transitions of N scripted environments."""
+    frames, real = hasattr(module, "FrameReplay"), continuous(module.__name__)
+    obs = torch.zeros(N, 4, 2, 2, dtype=torch.uint8) if frames else torch.zeros(N, 4)
+    actions = torch.zeros(N, 2) if real else torch.zeros(N, dtype=torch.int64)
+    rollout = SimpleNamespace(obs=obs, actions=actions, outcomes=torch.zeros(4 if frames else 3, N))
+    kind = module.FrameReplay if frames else module.Replay
+    return kind(SimpleNamespace(num_envs=N, buffer_size=size), rollout, CPU)
 
 
-@pytest.mark.parametrize("module", agents_with("Replay"))
-def test_every_transition_comes_back_and_no_reset_row(module):
-    """Over several laps of the ring, which holds the newest: s, a, r, whether it ended there, and s'."""
-    T, N, size, expected = 5, 3, 40, []
-    rows = {"obs": torch.zeros(T + 1, N, 2), "actions": torch.zeros(T, N, dtype=torch.int64)}
-    rollout = SimpleNamespace(**rows, rewards=torch.zeros(T, N), terminations=torch.zeros(T, N))
-    replay = module.Replay(size, rollout, torch.device("cpu"))
-    for lap in range(12):
-        (obs, actions, rewards, terminations, dones), new = scripted(T, N, seed=lap, first=100 * lap)
-        expected += new
-        transitions = obs[:-1], actions, rewards, terminations, obs[1:]
-        replay.store([x.flatten(0, 1) for x in transitions], (dones[:-1] == 0).flatten())
-        kept = expected[-size:]
-        assert sorted(held(replay.sample(torch.arange(len(kept))))) == sorted(kept)
-        assert set(held(replay.sample(torch.arange(1000) * 7919))) == set(kept)
-    assert len(expected) > 3 * size and replay.stored == len(expected)
+@each_replay
+@pytest.mark.parametrize("N, size", [(3, 40), (1, 7), (4, 4)])
+def test_every_transition_comes_back_and_no_reset_row(module, N, size):
+    """Over laps of the ring, after every step: s, a, r, whether it ended there, and s'; stacks in full."""
+    rng = np.random.default_rng(size)
+    replay, steps, rows = new_replay(module, N, size), Steps(math.ceil(size / N)), math.ceil(size / N)
+    for number, (obs, outcomes) in zip(range(4 * rows + 20), scripted(module, N, rng)):
+        actions = torch.tensor(rng.normal(size=(N, 2)) if continuous(module.__name__) else rng.integers(5, size=N))
+        actions = actions.to(replay.actions.dtype)
+        replay.store(torch.tensor(obs), torch.tensor(np.array(outcomes), dtype=torch.float32))
+        replay.remember(actions)
+        steps.store(obs, *outcomes[:3])
+        steps.actions.append(actions.numpy())
+        if number:
+            steps.check(replay)
+        if number % 13 == 12:  # a checkpoint, and back
+            fresh = new_replay(module, N, size)
+            fresh.load_state_dict(replay.state_dict())
+            replay = fresh
+    assert all(x.device == CPU for x in replay.buffers()) and not list(replay.parameters())
 
 
-@pytest.mark.parametrize("module", agents_with("collect"))
+@pytest.mark.parametrize("module", agents_with("FrameReplay"))
+def test_frames_are_kept_once(module):
+    """A million transitions take 84 x 84 bytes and six numbers each, below 7 GiB."""
+    args = module.Args()
+    obs, outcomes = torch.zeros(args.num_envs, 4, 84, 84, dtype=torch.uint8), torch.zeros(4, args.num_envs)
+    rollout = SimpleNamespace(obs=obs, actions=torch.zeros(args.num_envs, dtype=torch.int64), outcomes=outcomes)
+    size = sum(x.nbytes for x in module.FrameReplay(args, rollout, torch.device("meta")).buffers())
+    assert args.buffer_size == 1e6 and 1e6 * 84 * 84 < size < 1.001e6 * (84 * 84 + 24) < 7 * 2**30
+
+
+def watched_envs(module, steps, monkeypatch, limit):
+    """Have envpool's answers and the agent's actions noted in `steps`, and episodes end after `limit` steps."""
+    make, act = envpool.make, module.act
+
+    def watched(*names, **options):
+        envs = make(*names, **options | {"max_episode_steps": limit})
+        reset, step = envs.reset, envs.step
+
+        def noted_reset():
+            result = reset()
+            nothing = np.zeros(envs.num_envs)
+            steps.store(result[0], nothing, nothing, nothing)
+            return result
+
+        def noted_step(actions):
+            result = step(actions)
+            steps.store(*result[:3], result[2] | result[3])
+            return result
+
+        envs.reset, envs.step = noted_reset, noted_step
+        return envs
+
+    def noted_act(*inputs):
+        act(*inputs)
+        steps.actions.append(inputs[-2].actions.clone().numpy())
+
+    monkeypatch.setattr(envpool, "make", watched)
+    monkeypatch.setattr(module, "act", noted_act)
+
+
+@each_replay
 def test_training_stores_what_the_environments_did(module, tmp_path, monkeypatch):
-    """The buffer of a run, after every iteration and over several laps: for frames, stacks equal envpool's own, across
-    lost lives, ends of games and time limits.
-    """
-    expected, ends, collect, size = [], [], module.collect, 60
+    """Over several laps of the ring and a resumption; stacks equal envpool's own, over lost lives and ends of games."""
+    name, checks = module.__name__, []
+    atari, real = "atari" in name, continuous(name)
+    changes = {"frame_skip": 40} if atari else {}  # games end soon
+    changes |= {"num_envs": 2, "buffer_size": 41, "learning_starts": 4, "total_timesteps": 240, "eval_episodes": 0}
+    changes |= {"train_frequency": 2, "end_e": 1.0} if "dqn" in name else {}  # random games are short
+    steps = Steps(21)
+    watched_envs(module, steps, monkeypatch, limit=90 if real else 15 if atari else 40)
 
-    def check(replay, rollout):
-        collect(replay, rollout)
-        rows = rollout.obs[:-1], rollout.actions, rollout.rewards, rollout.terminations, rollout.obs[1:]
-        valid = rollout.dones[:-1].flatten() == 0
-        expected.extend(zip(*(x.flatten(0, 1)[valid].clone() for x in rows)))
-        ends.extend(rollout.dones[1:].flatten().tolist())
-        if hasattr(module, "Replay"):
-            held, start = min(size, len(expected)), max(0, len(expected) - size) % size  # row of the oldest one
-        else:
-            held, start = int(replay.stored - replay.before[(replay.written + 4) % replay.num_rows]), 0
-            assert held >= min(size, len(ends)) - sum(ends), "all that is promised, but for reset rows"
-        batch = zip(*replay.sample(start + torch.arange(held)))
-        for one, other in zip(batch, expected[-held:], strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(one, other))
+    def check(*inputs):
+        checks.append(len(steps.actions))
+        if len(checks) % 7 == 0 or 115 < len(steps.actions) < 126:  # around the resumption every time
+            steps.check(next(x for x in inputs if hasattr(x, "sample")))
+        return {}
 
-    monkeypatch.setattr(module, "collect", check)
-    # a frame skip with which games end, by the time limit of 270 steps as well
-    changes = {"frame_skip": 400} if "atari" in module.__name__ else {}
-    changes |= {"buffer_size": size, "total_timesteps": 800, "learning_starts": 780, "eval_episodes": 0}
+    monkeypatch.setattr(module, "update", check)
     module.main(tiny_args(module, tmp_path, **changes))
-    assert len(expected) > 5 * size and sum(ends) > 2
+    steps.resume()
+    args = module.parse_args(["--resume", str(tmp_path / "run"), "--total-timesteps", "320"])
+    assert module.main(args)["global_step"] == 320
+    assert checks == [*range(3, 161)] and len(steps.actions) == 160, "a learning phase after every step"
+    rewards, terminations, dones = np.array(steps.outcomes).transpose(1, 0, 2)
+    least = 1 if real else 2
+    assert (dones > terminations).sum() >= least and terminations.sum() >= least and np.unique(rewards).size > 1
 
 
-@pytest.mark.parametrize("module", agents_with("Replay"))
-def test_every_transition_is_drawn_as_often(module):
-    rollout = SimpleNamespace(obs=torch.zeros(2, 1, 1), **dict.fromkeys(("actions", "rewards"), torch.zeros(1, 1)))
-    rollout.terminations, draws = torch.zeros(1, 1), 400_000
-    replay = module.Replay(64, rollout, torch.device("cpu"))
-    replay.rewards[:] = torch.arange(65.0)
-    for stored, number in ((10, 10), (64, 64), (1000, 64)):
-        replay.stored.fill_(stored)
-        random = torch.zeros(draws, dtype=torch.int64).random_(generator=torch.Generator().manual_seed(1))
-        counts = torch.bincount(replay.sample(random)[2].long(), minlength=65) / draws
-        torch.testing.assert_close(counts[:number], torch.full((number,), 1 / number), rtol=0.1, atol=0)
-        assert counts[number:].sum() == 0, "never what was not stored, nor the row of what is not to be kept"
+@pytest.fixture(autouse=True)
+def quick_networks(monkeypatch):
+    """Weights that start as they are: to make those of pictures orthogonal takes longer than most of these tests."""
+    monkeypatch.setattr(torch.nn.init, "orthogonal_", lambda weight, gain: weight)
 
 
-@pytest.mark.parametrize("module", agents_with("collect"))
+# ---- noise and updates -----------------------------------------------------------------------------------------------
+
+
+@each_replay
 def test_noise_is_as_told_and_fresh_every_time(module):
-    real = "continuous" in module.__name__
-    rollout, generator, before = (
-        SimpleNamespace(random=torch.zeros(100_000, dtype=torch.int64)),
-        torch.Generator(),
-        None,
-    )
-    drawn = ["noise", "update_noise"] if real else ["gumbel"]
+    real, before, generator = continuous(module.__name__), None, torch.Generator()
+    drawn = {"noise", "update_noise"} if real else {"gumbel"}
+    rollout = SimpleNamespace(random=torch.zeros(100_000, dtype=torch.int64))
     for name in drawn:
         setattr(rollout, name, torch.zeros(20, 1000, 3))
     for _ in range(2):
@@ -118,6 +196,7 @@ def test_noise_is_as_told_and_fresh_every_time(module):
             x = getattr(rollout, name)
             assert abs(x.mean() - (0 if real else np.euler_gamma)) < 0.03
             assert abs(x.var() - (1 if real else np.pi**2 / 6)) < 0.05
+        assert rollout.random.min() >= 0 and rollout.random.max() > 2**60
         remainders = torch.bincount(rollout.random % 7, minlength=7) / 100_000
         torch.testing.assert_close(remainders, torch.full((7,), 1 / 7), rtol=0.05, atol=0)
         values = [rollout.random.clone(), *(getattr(rollout, name).clone() for name in drawn)]
@@ -125,61 +204,58 @@ def test_noise_is_as_told_and_fresh_every_time(module):
         before = values
 
 
-@pytest.mark.parametrize("module", agents_with("follow"))
+@real_agents
 def test_actions_are_uniform_while_exploring_and_then_the_policys(module):
-    low, high = torch.tensor([[-1.0, -3.0], [1.0, 1.0]], dtype=torch.float64)
-    torch.manual_seed(0)
-    agent, obs, noise = module.Agent((4,), 2), torch.zeros(100_000, 4), torch.randn(100_000, 2)
-    with torch.no_grad():
-        actions, scaled = module.sample_actions(agent, obs, noise, torch.tensor(True), low, high)
-        histogram = torch.histc(actions, 10, -1, 1) / actions.numel()
-        torch.testing.assert_close(histogram, torch.full((10,), 0.1), rtol=0.05, atol=0)
-        assert actions.dtype == torch.float32 and scaled.dtype == torch.float64
-        torch.testing.assert_close(scaled, torch.stack([actions[:, 0], 2 * actions[:, 1] - 1], 1).double())
+    obs, noise, args = torch.zeros(100_000, 4), torch.randn(100_000, 2), SimpleNamespace(exploration_noise=0.25)
+    td3, mean = hasattr(module, "td3_critic_loss"), torch.tensor([0.5, -0.9])
+    agent = SimpleNamespace(low=torch.tensor([-1.0, -3]).double(), high=torch.tensor([1.0, 1]).double())
+    agent.actor = (lambda obs: mean.expand(len(obs), 2)) if td3 else lambda obs, noise: ((mean + noise).tanh(), None)
+    given = (agent, args, obs, noise) if td3 else (agent, obs, noise)
+    actions = module.sample_actions(*given, torch.tensor(True))
+    histogram = torch.histc(actions, 10, -1, 1) / actions.numel()
+    torch.testing.assert_close(histogram, torch.full((10,), 0.1), rtol=0.05, atol=0)
+    expected = (mean + 0.25 * noise).clamp(-1, 1) if td3 else (mean + noise).tanh()
+    torch.testing.assert_close(module.sample_actions(*given, torch.tensor(False)), expected)
 
-        actions, _ = module.sample_actions(agent, obs, noise, torch.tensor(False), low, high)
-        if hasattr(agent, "exploration_noise"):
-            assert (actions == agent.actor(obs)).all(), "without noise, as in the evaluation"
-            agent.exploration_noise.fill_(0.25)
-            actions, _ = module.sample_actions(agent, obs, noise, torch.tensor(False), low, high)
-            torch.testing.assert_close(actions, (agent.actor(obs) + 0.25 * noise).clamp(-1, 1))
-            torch.testing.assert_close(actions.std(0), torch.tensor([0.25, 0.25]), rtol=0.02, atol=0)
-        else:
-            torch.testing.assert_close(actions, agent.actor(obs, noise)[0])
-        nan = torch.full_like(obs, float("nan"))
-        drawn, scaled = module.sample_actions(agent, nan, noise, torch.tensor(False), low, high)
-        assert drawn.isnan().all() and (scaled == low).all(), "an environment gets numbers, whatever happens"
+    scaled, (first, second) = module.Agent.scale(agent, actions), actions.double().T
+    torch.testing.assert_close(scaled, torch.stack([first, 2 * second - 1], 1))
+    broken = module.Agent.scale(agent, torch.tensor([[float("nan"), 2.0]]))
+    assert broken.tolist() == [[-1, 1]], "an environment gets numbers within its bounds, whatever happens"
 
 
-# ---- updates ---------------------------------------------------------------------------------------------------------
+def no_gradients(calls):
+    """Stands for gradients(): notes the loss in `calls`, and returns gradients of 0, which move nothing."""
+
+    def gradients(loss_fn, params, *inputs):
+        calls.append((loss_fn.__name__, [x for x in inputs if isinstance(x, torch.Tensor)]))
+        return [torch.zeros_like(param) for param in params], {loss_fn.__name__: torch.zeros(())}
+
+    return gradients
 
 
-@pytest.mark.parametrize("num_envs, every", [(1, 1), (1, 4), (3, 2), (4, 1), (6, 4)])
-@pytest.mark.parametrize("module", agents_with("collect"))
+OWING = [(*case.values, *sizes) for case in agents_with("check_memory") for sizes in [(1, 4), (4, 1), (6, 4)]]
+OWING = [case for case in OWING if case[1] == 6 or not hasattr(case[0], "FrameReplay")]  # pictures take their time
+
+
+@pytest.mark.parametrize("module, num_envs, every", OWING, ids=lambda x: getattr(x, "__name__", x))
 def test_every_step_is_followed_by_the_updates_it_owes(module, num_envs, every, tmp_path, monkeypatch):
-    """One update for every `every` environment steps from the start of learning on, whatever num_envs is."""
-    name, calls, updates, gradients = module.__name__, [], [], module.gradients
-
-    def count(loss_fn, *inputs):
-        calls.append(loss_fn.__name__)
-        return gradients(loss_fn, *inputs)
-
-    update = module.update
-    monkeypatch.setattr(module, "gradients", count)
-    monkeypatch.setattr(module, "update", lambda *inputs: (updates.append(len(calls)), update(*inputs)))
+    """One update of batch_size transitions for every `every` environment steps from the start of learning on."""
+    name, calls, phases, update = module.__name__, [], [], module.update
+    monkeypatch.setattr(module, "gradients", no_gradients(calls))
+    monkeypatch.setattr(module, "update", lambda *inputs: (phases.append(len(calls)), update(*inputs))[1])
     ratio = {"train_frequency": every} if "dqn" in name else {"utd": 1 / every}
-    changes = ratio | {"num_envs": num_envs, "batch_size": 2, "learning_starts": 48, "total_timesteps": 96}
+    changes = ratio | {"num_envs": num_envs, "batch_size": 3, "learning_starts": 48, "total_timesteps": 96}
     args = tiny_args(module, tmp_path, eval_episodes=0, **changes)
     assert args.iteration_steps <= 24 and 48 % args.iteration_steps == 0
     module.main(args)
-    of_critics = [call for call in calls if "policy" not in call]
-    assert len(of_critics) == 48 // every
-    assert len(updates) == 48 // args.iteration_steps, "one learning phase an iteration"
+    of_critics = [data for loss, data in calls if "policy" not in loss]
+    assert len(of_critics) == 48 // every and all(len(x) == 3 for data in of_critics for x in data)
+    assert len(phases) == 48 // args.iteration_steps, "one learning phase an iteration"
     if "dqn" not in name:
         delay = getattr(args, "policy_frequency", 1)
-        assert len(calls) - len(of_critics) == len(of_critics) // delay
-        pattern = [*["critic"] * delay, "policy"]
-        assert [call.split("_")[1] for call in calls] == pattern * (len(of_critics) // delay)
+        pattern = [*["critic"] * delay, "policy"] * (len(of_critics) // delay)
+        kinds = ["policy" if "policy" in loss else "critic" for loss, _ in calls]
+        assert kinds[: len(pattern)] == pattern and "policy" not in kinds[len(pattern) :]
 
 
 @pytest.mark.parametrize("module", agents_with("update_target"))
@@ -202,168 +278,93 @@ def test_the_target_network_moves_when_it_is_due(module, train_frequency, freque
     assert moved == expected and agent.updates == 20
 
 
-@pytest.mark.parametrize("module", agents_with("follow"))
-def test_target_networks_follow_by_tau(module):
-    one, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    expected = 0.9 * one.weight + 0.1 * other.weight
-    module.follow(one, other, 0.1)
-    torch.testing.assert_close(one.weight, expected)
+@real_agents
+def test_target_networks_follow_by_tau(module, tmp_path, monkeypatch):
+    """One policy update after another, each of them by tau of the way."""
+    update, moves = module.update, []
 
+    def watch(agent, optimizers, replay, rollout, args, *rest):
+        pairs = [("critics", "target_critics"), *[("actor", "target_actor")] * hasattr(agent, "target_actor")]
+        pairs = [(getattr(agent, one), getattr(agent, target)) for one, target in pairs]
+        for one, _ in pairs:
+            for param in one.parameters():
+                param.data += 1
+        before = [[x.clone() for x in target.parameters()] for _, target in pairs]
+        metrics = update(agent, optimizers, replay, rollout, args, *rest)
+        left = (1 - args.tau) ** (args.num_updates // getattr(args, "policy_frequency", 1))
+        for (one, target), values in zip(pairs, before):
+            for param, x, value in zip(one.parameters(), target.parameters(), values):
+                moves.append((x - value).abs().max().item())
+                torch.testing.assert_close(x, param + left * (value - param))
+        return metrics
 
-# ---- losses ----------------------------------------------------------------------------------------------------------
-
-
-def transitions(rows, seed, discrete):
-    rng = np.random.default_rng(seed)
-    actions = rng.integers(3, size=rows) if discrete else rng.uniform(-1, 1, size=(rows, 2))
-    obs, next_obs, rewards = rng.normal(size=(rows, 4)), rng.normal(size=(rows, 4)), rng.normal(size=rows)
-    return obs, actions, rewards, (rng.random(rows) < 0.3).astype(float), next_obs
-
-
-@pytest.mark.parametrize("module", agents_with("dqn_loss"))
-def test_dqn_loss_is_the_papers(module):
-    """Terminations do not bootstrap; all else does, from the target network's best action."""
-    obs, actions, rewards, terminations, next_obs = transitions(30, 1, discrete=True)
-    weights, targets = np.random.default_rng(2).normal(size=(2, 4, 3))
-    trained = torch.tensor(weights, requires_grad=True)
-    agent = SimpleNamespace(q_network=lambda x: x @ trained, target_network=lambda x: x @ torch.tensor(targets))
-    data = map(torch.tensor, (obs, actions, rewards, terminations, next_obs))
-    loss, metrics = module.dqn_loss(agent, 0.9, *data)
-    loss.backward()
-    goal = rewards + 0.9 * np.where(terminations, 0, (next_obs @ targets).max(-1))
-    q_values = (obs @ weights)[np.arange(30), actions]
-    np.testing.assert_allclose(metrics, [0.5 * ((q_values - goal) ** 2).mean(), q_values.mean()], rtol=1e-9)
-    expected = np.zeros((4, 3))
-    for row in range(30):
-        expected[:, actions[row]] += (q_values - goal)[row] * obs[row] / 30
-    np.testing.assert_allclose(trained.grad, expected, rtol=1e-9)
-
-
-def linear_critics(seed):
-    """Two Q-functions linear in [obs, actions], and their weights [2, 6]."""
-    weights = np.random.default_rng(seed).normal(size=(2, 6))
-    return weights, lambda obs, actions, members=2: torch.tensor(weights[:members]) @ torch.cat([obs, actions], -1).T
-
-
-@pytest.mark.parametrize("module", agents_with("sac_critic_loss"))
-def test_sac_losses_are_the_papers(module):
-    data, noise = transitions(30, 1, discrete=False), np.random.default_rng(3).normal(size=(30, 2))
-    obs, actions, rewards, terminations, next_obs = data
-    (weights, critics), (targets, target_critics) = linear_critics(4), linear_critics(5)
-    log_alpha, scale = torch.tensor(-0.7, dtype=torch.float64, requires_grad=True), 0.3
-    agent = SimpleNamespace(critics=critics, target_critics=target_critics, log_alpha=log_alpha)
-    agent.actor = lambda obs, noise: (obs[:, :2] * scale + noise, noise.sum(-1))
-    tensors = [torch.tensor(x) for x in (*data, noise)]
-    loss, metrics = module.sac_critic_loss(agent, 0.9, *tensors)
-    chosen = np.concatenate([next_obs, next_obs[:, :2] * scale + noise], -1)
-    values = (targets @ chosen.T).min(0) - np.exp(-0.7) * noise.sum(-1)
-    goal = rewards + 0.9 * np.where(terminations, 0, values)
-    q_values = weights @ np.concatenate([obs, actions], -1).T
-    expected = 0.5 * ((q_values - goal) ** 2).mean(-1).sum()
-    assert loss.item() == pytest.approx(expected, rel=1e-9)
-    np.testing.assert_allclose(metrics, [expected, q_values.mean()], rtol=1e-9)
-
-    loss, metrics = module.sac_policy_loss(agent, tensors[0], tensors[-1])
-    values = (weights @ np.concatenate([obs, obs[:, :2] * scale + noise], -1).T).min(0)
-    entropy = -noise.sum(-1).mean()
-    of_policy = -np.exp(-0.7) * entropy - values.mean()
-    np.testing.assert_allclose(metrics, [of_policy, entropy, np.exp(-0.7)], rtol=1e-9)
-    loss.backward()
-    assert log_alpha.grad.item() == pytest.approx(np.exp(-0.7) * (entropy + 2)), "too much entropy lowers alpha"
-
-
-@pytest.mark.parametrize("module", agents_with("sac_critic_loss"))
-def test_log_densities_are_those_of_a_squashed_gaussian(module):
-    """Where tanh leaves digits to compare, and finite where it leaves none."""
-    torch.manual_seed(0)
-    actor = module.Actor(4, 2).double()
-    obs, noise = torch.randn(50, 4, dtype=torch.float64), torch.randn(50, 2, dtype=torch.float64)
-    actions, logprobs = actor(obs, noise)
-    mean, log_std = actor.head(actor.hidden[1](actor.hidden[0](obs).relu()).relu()).chunk(2, -1)
-    gaussian = torch.distributions.Normal(mean, (3.5 * log_std.tanh() - 1.5).exp())
-    squashed = torch.distributions.TransformedDistribution(gaussian, torch.distributions.TanhTransform())
-    torch.testing.assert_close(logprobs, squashed.log_prob(actions).sum(-1), rtol=1e-6, atol=1e-6)
-    actor.float().head.bias.data[:2] = 60
-    actions, logprobs = actor(obs.float(), noise.float())
-    assert (actions == 1).all() and logprobs.isfinite().all()
-
-
-@pytest.mark.parametrize("module", agents_with("td3_critic_loss"))
-def test_td3_losses_are_the_papers(module):
-    data, noise = transitions(30, 1, discrete=False), 2 * np.random.default_rng(3).normal(size=(30, 2))
-    obs, actions, rewards, terminations, next_obs = data
-    (weights, critics), (targets, target_critics) = linear_critics(4), linear_critics(5)
-    agent = SimpleNamespace(critics=critics, target_critics=target_critics)
-    agent.actor = agent.target_actor = lambda obs: (0.9 * obs[:, :2]).tanh()
-    args = module.Args(gamma=0.9, policy_noise=0.4, noise_clip=0.5)
-    tensors = [torch.tensor(x) for x in (*data, noise)]
-    loss, metrics = module.td3_critic_loss(agent, args, *tensors)
-    chosen = np.clip(np.tanh(0.9 * next_obs[:, :2]) + np.clip(0.4 * noise, -0.5, 0.5), -1, 1)
-    values = (targets @ np.concatenate([next_obs, chosen], -1).T).min(0)
-    goal = rewards + 0.9 * np.where(terminations, 0, values)
-    q_values = weights @ np.concatenate([obs, actions], -1).T
-    expected = 0.5 * ((q_values - goal) ** 2).mean(-1).sum()
-    assert loss.item() == pytest.approx(expected, rel=1e-9)
-    np.testing.assert_allclose(metrics, [expected, q_values.mean()], rtol=1e-9)
-
-    loss, metrics = module.td3_policy_loss(agent, tensors[0])
-    first = weights[0] @ np.concatenate([obs, np.tanh(0.9 * obs[:, :2])], -1).T
-    assert loss.item() == metrics.item() == pytest.approx(-first.mean(), rel=1e-9)
-
-
-@pytest.mark.parametrize("module", agents_with("Critics"))
-def test_critics_are_two_separate_networks(module):
-    torch.manual_seed(0)
-    critics, obs, actions = module.Critics(4, 2), torch.randn(7, 4), torch.randn(7, 2)
-    for member in range(2):
-        x = torch.cat([obs, actions], -1)
-        for number, (weight, bias) in enumerate(zip(critics.weights, critics.biases)):
-            x = (x.relu() if number else x) @ weight[member] + bias[member]
-        torch.testing.assert_close(critics(obs, actions)[member], x[:, 0])
-    torch.testing.assert_close(critics(obs, actions, members=1), critics(obs, actions)[:1])
-    assert not torch.equal(*critics(obs, actions)), "started apart"
+    monkeypatch.setattr(module, "gradients", no_gradients([]))
+    monkeypatch.setattr(module, "update", watch)
+    changes = {"tau": 0.1, "learning_starts": 8, "total_timesteps": 16, "batch_size": 2}
+    module.main(tiny_args(module, tmp_path, eval_episodes=0, **changes))
+    assert moves and min(moves) > 0.05
 
 
 # ---- memory and resumption -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="nobody says how much memory is free")
-@pytest.mark.parametrize("module", agents_with("collect"))
-def test_a_buffer_that_does_not_fit_is_refused_and_what_would_is_said(module, tmp_path, capsys, monkeypatch):
-    args = tiny_args(module, tmp_path, buffer_size=10_000_000)
-    monkeypatch.setattr(module.Path, "read_text", lambda path: "MemTotal: 9 kB\nMemAvailable:     100000 kB\n")
-    with pytest.raises(SystemExit) as end:
-        module.main(args)
-    message = capsys.readouterr().err
-    assert end.value.code == 2 and "--buffer-size 10000000: takes" in message
-    fits = int(re.search(r"(\d+) would fit", message)[1])
-    assert 0 < fits < 10_000_000 and not (tmp_path / "run").exists()
-    module.main(tiny_args(module, tmp_path, buffer_size=fits))
-    assert "replay buffer: 0.08 GiB" in capsys.readouterr().err  # nearly all that is free
+@each_replay
+def test_a_buffer_that_does_not_fit_is_refused(module, tmp_path, monkeypatch):
+    with pytest.raises(module.UserError, match=f"--buffer-size {2**38}: .*GiB"):
+        module.main(tiny_args(module, tmp_path, buffer_size=2**38))
+    assert not (tmp_path / "run").exists()
+    text = "MemTotal: 9 kB\nMemAvailable:     100000 kB\nBuffers: 1 kB\n"
+    monkeypatch.setattr(module.Path, "open", lambda *_, **__: io.StringIO(text))
+    monkeypatch.setattr(module.Path, "exists", lambda path: True)
+    module.check_memory(module.Args(), 92_000_000, CPU)
+    with pytest.raises(module.UserError):
+        module.check_memory(module.Args(), 93_000_000, CPU)
 
 
-@pytest.mark.parametrize("module", agents_with("collect"))
-@pytest.mark.parametrize("kept", [True, False])
-def test_resumption_keeps_the_buffer_or_fills_it_anew(module, kept, tmp_path, monkeypatch, capsys):
-    args = tiny_args(module, tmp_path, checkpoint_buffer=kept)
-    first = module.main(args)["global_step"]
-    saved, updates, update = read_checkpoint(tmp_path / "run"), [], module.update
-    assert ("replay" in saved) == kept
+KEEPING = [(*case.values, keep) for case in agents_with("check_memory") for keep in ("auto", "never")]
+KEEPING += [(*case.values, keep) for case in agents_with("dqn_loss", "Replay") for keep in ("always", "auto, big")]
 
-    def record(agent, optimizer, replay, *rest):
-        updates.append((int(replay.stored), {name: x.clone() for name, x in replay.state_dict().items()}))
-        return update(agent, optimizer, replay, *rest)
 
-    monkeypatch.setattr(module, "update", record)
-    argv = ["--resume", str(tmp_path / "run"), "--total-timesteps", str(2 * first)]
-    assert module.main(module.parse_args(argv))["global_step"] <= 2 * first
-    told = "the replay buffer was not saved" in capsys.readouterr().err
-    stored, state = updates[0]
-    if kept:
-        assert not told and stored > saved["replay"]["stored"]
-        ring, before = state["rewards"], saved["replay"]["rewards"]
-        same = (ring == before).flatten().float().mean()
-        assert same > 0.5 and len(updates) == (2 * first - first) // args.iteration_steps
-    else:
-        assert told and args.learning_starts <= stored + 10 < 2 * args.learning_starts
-        assert len(updates) < first // args.iteration_steps
+@pytest.mark.parametrize("module, keep", KEEPING, ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_resumption_keeps_the_buffer_or_fills_it_anew(module, keep, tmp_path, monkeypatch, capsys):
+    """Without the buffer, steps that count for nothing fill it before anything is learnt."""
+    name, phases, acts, act, kept = module.__name__, [], [], module.act, keep in ("auto", "always")
+    changes = {"num_envs": 2, "learning_starts": 30, "total_timesteps": 64, "eval_episodes": 0}
+    changes |= {"train_frequency": 4} if "dqn" in name else {}
+    if "big" in keep:
+        monkeypatch.setattr(module.Replay, "buffers", lambda replay: [SimpleNamespace(nbytes=2**30 + 1)])
+    monkeypatch.setattr(module, "act", lambda *inputs: (acts.append(1), act(*inputs)))
+
+    def note(*inputs):
+        phases.append((len(acts), int(next(x for x in inputs if hasattr(x, "sample")).complete)))
+        return {}
+
+    monkeypatch.setattr(module, "update", note)
+    args = tiny_args(module, tmp_path, checkpoint_buffer=keep.split(",")[0], **changes)
+    module.main(args)
+    saved = read_checkpoint(tmp_path / "run")
+    assert ("replay" in saved) == kept and saved["global_step"] == 64
+    learnt, T = len(phases), args.num_steps
+    assert phases[0][0] == math.ceil(30 / args.iteration_steps) * T + T and phases[-1][0] == len(acts) == 32
+
+    phases.clear(), acts.clear(), capsys.readouterr()
+    args = module.parse_args(["--resume", str(tmp_path / "run"), "--total-timesteps", "80"])
+    assert module.main(args)["global_step"] == 80
+    refill = 0 if kept else math.ceil(30 / args.iteration_steps) * T
+    assert ("the replay buffer was not saved" in capsys.readouterr().err) != kept
+    assert len(acts) == 8 + refill, "steps that count, and those that fill the buffer"
+    assert [number for number, _ in phases] == [*range(refill + T, len(acts) + 1, T)]
+    assert phases[0][1] == (32 if kept else refill) + T - 1, "complete transitions of each environment"
+    assert learnt and read_checkpoint(tmp_path / "run")["global_step"] == 80
+
+
+@each_replay
+def test_a_buffer_of_another_size_is_refused(module, tmp_path):
+    args = tiny_args(module, tmp_path, num_envs=2, learning_starts=1, eval_episodes=0)
+    args.total_timesteps = args.iteration_steps
+    module.main(args)
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    argv = ["--resume", str(tmp_path / "run"), "--total-timesteps", "160", "--buffer-size", "500"]
+    with pytest.raises(module.UserError, match="--buffer-size"):
+        module.main(module.parse_args(argv))
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before

@@ -1,9 +1,10 @@
 """Every agent through its command line, in every mode the machine has: it trains, and leaves what it promises."""
 
-import io
+import functools
 import json
 import math
 import os
+import signal
 from dataclasses import asdict
 
 import pytest
@@ -19,6 +20,7 @@ from conftest import (
     run_agent,
     same_weights,
     script,
+    settings,
     strict_json,
     tiny,
     whole_steps,
@@ -29,7 +31,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 SUMMARY_KEYS = {
     "agent", "env_id", "seed", "device", "mode", "torch", "num_envs", "global_step", "wall_seconds", "compile_seconds",
     "sps", "sps_rollout", "sps_update", "train_return_mean", "eval_return_mean", "eval_return_std", "eval_episodes",
-    "run_dir",
+    "eval_returns", "stopped_by", "run_dir",
 }  # fmt: skip
 each_agent = pytest.mark.parametrize("agent", NAMES)
 
@@ -43,6 +45,7 @@ def check_run(agent, argv, cwd, result, device, mode):
     assert summary.keys() >= SUMMARY_KEYS
     steps, args = whole_steps(agent, argv), agent_named(agent).parse_args(argv)
     expected = {"agent": agent, "device": device, "mode": mode, "torch": torch.__version__, "global_step": steps}
+    expected |= {"stopped_by": None}
     expected |= {name: getattr(args, name) for name in ("env_id", "seed", "num_envs", "eval_episodes")}
     assert {name: summary[name] for name in expected} == expected
     for name in ("wall_seconds", "sps", "sps_rollout", "sps_update"):
@@ -59,27 +62,25 @@ def check_run(agent, argv, cwd, result, device, mode):
 def again(runs, tmp_path_factory):
     """again(agent): the same settings as runs(agent), called as a function in this process, and films an episode.
 
-    Returns the summary, the folder and every checkpoint that was written on the way.
+    Returns the summary, the folder and the network of every checkpoint that was written on the way. Another seed is
+    stopped after an iteration.
     """
-    done = {}
 
+    @functools.cache
     def make(agent, seed=1):
-        if (agent, seed) in done:
-            return done[agent, seed]
         module, written, save = agent_named(agent), [], torch.save
         folder = tmp_path_factory.mktemp(agent) / "run"
 
         def record(state, file):
-            save(state, content := io.BytesIO())
-            written.append(torch.load(io.BytesIO(content.getvalue()), weights_only=True))
+            written.append((state["global_step"], {name: x.clone() for name, x in state["agent"].items()}))
             return save(state, file)
 
-        argv = [*runs(agent).argv, "--run-dir", str(folder), "--seed", str(seed), "--checkpoint-minutes", "0"]
+        argv = [*runs(agent).argv, "--run-dir", str(folder), "--seed", str(seed)]
+        argv += ["--checkpoint-minutes", "0"] if "buffer_size" not in settings(agent) else []  # which has many more
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "save", record)
-            summary = module.main(module.parse_args([*argv, "--video"]))
-        done[agent, seed] = summary, folder, written
-        return done[agent, seed]
+            summary = module.main(module.parse_args([*argv, "--video"]), [] if seed == 1 else [signal.SIGTERM])
+        return summary, folder, written
 
     return make
 
@@ -100,7 +101,9 @@ def test_leaves_its_files(agent, runs):
     assert len(events) == 1 and names == KEPT | {f"{agent}.py"} | events
     assert (done.path / f"{agent}.py").read_bytes() == script(agent).read_bytes()
     config = json.loads((done.path / "config.json").read_text())
-    assert config == {"agent": agent, "args": asdict(agent_named(agent).parse_args(done.argv))}
+    assert config.keys() == {"agent", "args", "network"}
+    assert config["agent"] == agent and config["args"] == asdict(agent_named(agent).parse_args(done.argv))
+    agent_named(agent).Agent(**config["network"]).load_state_dict(read_checkpoint(done.path)["agent"])
 
 
 @each_agent
@@ -117,6 +120,8 @@ def test_logs_curves(agent, runs):
         assert tags >= {"losses/td_loss", "losses/q_values", "charts/epsilon", "charts/learning_rate"}
     if agent.startswith("dqn"):
         assert tags >= {"losses/td_loss", "losses/q_values", "charts/epsilon", "charts/learning_rate"}
+    if agent.startswith(("ppo", "pqn", "dqn")):
+        assert "losses/grad_norm" in tags
     if agent.startswith(("sac", "td3")):
         assert tags >= {"losses/q_loss", "losses/q_values", "losses/policy_loss"}
     for tag in tags:
@@ -128,20 +133,33 @@ def test_logs_curves(agent, runs):
 
 @each_agent
 def test_weights_move_and_seed_decides(agent, runs, again):
-    """Training moves every parameter; the same seed gives the same bits, in another process too, another does not."""
+    """Training moves every parameter; the same seed gives the same bits, another does not."""
     summary, folder, written = again(agent)
-    first, final = written[0], read_checkpoint(folder)
-    assert first["global_step"] == 0 and len(written) >= 3  # a first, one after every update
-    assert first["agent"].keys() == final["agent"].keys()
-    assert [key for key in first["agent"] if torch.equal(first["agent"][key], final["agent"][key])] == []
+    (step, first), final = written[0], read_checkpoint(folder)
+    assert step == 0 and len(written) >= (2 if "buffer_size" in settings(agent) else 3)  # one after every update
+    assert first.keys() == final["agent"].keys()
+    still = {key for key in first if torch.equal(first[key], final["agent"][key])}
+    assert still <= {"low", "high"}  # the limits of the actions
 
     done = runs(agent)
     assert same_weights(final, read_checkpoint(done.path))
     for name in ("train_return_mean", "eval_return_mean", "eval_return_std"):
         assert summary[name] == final_json(done.result)[name], name
     other_summary, other, other_written = again(agent, seed=2)
-    assert not same_weights(other_written[0], first) and not same_weights(read_checkpoint(other), final)
-    assert other_summary["seed"] == 2
+    others = [network[name] for network in (other_written[0][1], first) for name in network if name.endswith("weight")]
+    half = len(others) // 2
+    assert not any(map(torch.equal, others[:half], others[half:])) and other_summary["seed"] == 2
+
+
+@pytest.mark.parametrize("agent", [pytest.param(x, marks=[] if x == "ppo" else pytest.mark.slow) for x in NAMES])
+def test_a_process_of_its_own_does_the_same(agent, runs, tmp_path):
+    """What the other tests see inside this process is what a user sees: the same bits and the same files."""
+    done = runs(agent)
+    result = run_agent(agent, *done.argv, cwd=tmp_path)
+    summary, run_dir = check_run(agent, done.argv, tmp_path, result, "cpu", "eager")
+    assert same_weights(read_checkpoint(run_dir), read_checkpoint(done.path))
+    for name in ("train_return_mean", "eval_returns"):
+        assert summary[name] == final_json(done.result)[name], name
 
 
 @each_agent
@@ -182,12 +200,8 @@ def test_evaluates_a_run(agent, runs, cli, tmp_path):
     assert other["eval_episodes"] == 3 and other["eval_return_mean"] != first["eval_return_mean"]
 
 
-def unless_default(agent):
-    """The compiled mode as a test, slow for an agent that a CPU runs in another: test_modes_agree compiles all."""
-    return pytest.param(agent, marks=[] if agent_named(agent).CPU_MODE == "compile" else pytest.mark.slow)
-
-
-@pytest.mark.parametrize("agent", [unless_default(name) for name in NAMES])
+@pytest.mark.slow
+@each_agent
 @pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
 def test_trains_compiled(agent, tmp_path, compiler_cache):
     """The compiled mode of the CPU runs from start to end, does compile, and its compilation is counted apart."""
