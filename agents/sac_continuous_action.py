@@ -57,7 +57,7 @@ class Args:
     checkpoint_buffer: Literal["auto", "always", "never"] = "auto"  # save the replay buffer, too; auto: up to 1 GiB
     resume: str | None = None  # go on with the run in this folder, under its settings unless other flags say otherwise
     evaluate: str | None = None  # only evaluate the checkpoint in this run folder, without training
-    video: bool = False  # also play one episode after the evaluation; episode.gif has its first 3,000 steps
+    video: bool = False  # also play one episode after the evaluation; episode.gif has its first 1,000 steps
     track: bool = False  # mirror the curves to Weights & Biases (needs the package wandb)
 
     # ---- Environment ----

@@ -7,9 +7,9 @@
 Every run goes through the agent's command line and ends up as one line of JSON in benchmarks/learning/AGENT.jsonl: its
 settings, code, machine, final score and curve. What was measured is kept when this is interrupted; started again, it
 leaves out what is finished, goes on with what is not, and tries again what failed. A run is the same as another if
-agent, environment, seed, settings and kind of device are, whatever the code was: to measure a new version, remove the
-lines of the old one. If there are two lines for the same run, the later one counts. benchmarks/report.py makes tables
-and curves of them.
+agent, environment, seed, settings, kind of device and the commit of the agent's file are: a new version is measured
+anew, and the lines of the old one stay. If there are two lines for the same run, the later one counts.
+benchmarks/report.py makes tables and curves of them.
 """
 
 import fcntl
@@ -125,10 +125,11 @@ def find_code(script: Path) -> dict:
 
 
 def identity(record: dict) -> tuple:
-    """What makes two runs the same: agent, environment, seed, kind of device, and settings."""
+    """What makes two runs the same: agent, environment, seed, code, kind of device, and settings."""
     device = record["gpu"] or "cuda" if record["device"].startswith("cuda") else "cpu"
     settings = {name: value for name, value in record["args"].items() if name != "device"}
-    return *(record[name] for name in ("agent", "env_id", "seed")), device, json.dumps(settings, sort_keys=True)
+    names = ("agent", "env_id", "seed", "commit", "dirty")
+    return *(record[name] for name in names), device, json.dumps(settings, sort_keys=True)
 
 
 def read_run(run_dir: Path) -> dict:
@@ -235,9 +236,9 @@ def share(slot: int, jobs: int) -> list[int]:
 def plan(args: Args, finished: set) -> list[Job]:
     """The runs that are not finished, seed by seed; ends with a sentence about the first flag that cannot be meant."""
     jobs, gpu = [], fps.describe_gpu()["gpu"]
-    agents = [(script, fps.load_agent(script)) for script in fps.find_agents(args.agents)]
+    agents = [(script, fps.load_agent(script), find_code(script)) for script in fps.find_agents(args.agents)]
     for seed in args.seeds:
-        for script, agent in agents:
+        for script, agent, code in agents:
             for env_id in args.env_ids or (agent.Args().env_id,):
                 argv = ["--env-id", env_id, "--seed", str(seed), *shlex.split(args.agent_flags)]
                 try:
@@ -248,7 +249,7 @@ def plan(args: Args, finished: set) -> list[Job]:
                     fail(str(error))
                 about = {"agent": script.stem, "env_id": env_id, "seed": seed, "gpu": gpu, "mode": settings.mode}
                 about |= {"device": "cuda" if gpu and settings.device != "cpu" else "cpu"}
-                about |= {"args": changed_settings(agent, asdict(settings))}
+                about |= {"args": changed_settings(agent, asdict(settings))} | code
                 about |= {"note": args.note} if args.note else {}
                 digest = hashlib.sha256(repr(identity(about)).encode()).hexdigest()[:8]
                 run_dir = args.work_dir.absolute() / f"{env_id}__{script.stem}__{seed}__{digest}"
