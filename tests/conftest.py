@@ -89,6 +89,16 @@ def agents_with(*names: str) -> list:
     return [pytest.param(module, id=module.__name__) for module in chosen]
 
 
+# Agents whose run folder, checkpoint and command line are those of others to the letter: there, testing these is slow.
+ALIKE = {"ppo_atari", "ppo_atari_lstm", "ppo_continuous_action", "pqn", "pqn_atari", "dqn_atari"}
+ALIKE |= {"td3_continuous_action"}
+
+
+def slow_unless_new(alike=ALIKE) -> list:
+    """Parameters for all agents, slow those that other agents stand for; an agent that is not in the list is not."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in alike)) for name in NAMES]
+
+
 def continuous(agent: str) -> bool:
     """Whether the agent's actions are vectors of real numbers."""
     return "continuous" in agent

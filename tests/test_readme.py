@@ -1,0 +1,79 @@
+"""README's snippets run: the edits on a copy of a file, and a trained agent played elsewhere."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, agent_named, flags, run_agent, script
+
+README = (ROOT / "README.md").read_text()
+SMALL = flags(total_timesteps=4096, num_envs=8, num_steps=64, eval_episodes=1, mode="eager", run_dir="run")
+
+
+def snippet(title: str) -> str:
+    """The text of the code block whose first line is this comment."""
+    return re.search(rf"```(?:python|diff)\n# {title}\n(.*?)```", README, flags=re.DOTALL)[1]
+
+
+def edited(title: str) -> str:
+    """agents/ppo.py after the snippet's edit."""
+    source, edit = script("ppo").read_text(), snippet(title)
+    if "\n-" not in f"\n{edit}":  # a whole function, in place of the one of its name
+        name = re.match(r"def (\w+)", edit)[1]
+        return re.sub(rf"(?ms)^def {name}\(.*?(?=^def )", lambda _: edit + "\n\n", source)
+    lines = [line for line in edit.splitlines() if line[:1] in " -+"]
+    before = "".join(f"{line[1:]}\n" for line in lines if line[0] != "+")
+    after = "".join(f"{line[1:]}\n" for line in lines if line[0] != "-")
+    assert source.count(before) == 1, before
+    return source.replace(before, after)
+
+
+@pytest.mark.parametrize("title", ["network", "loss", "environment"])
+def test_edits_run(title, tmp_path):
+    (tmp_path / "mine.py").write_text(edited(title))
+    command = [sys.executable, "mine.py", *SMALL]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    event_file = next((tmp_path / "run").glob("events*")).read_bytes()
+    assert (b"losses/value_size" in event_file) == (title == "loss")
+
+
+def play(tmp_path, agent, env_id, *changes):
+    """Run README's lines on a run of the agent, with the changes that README names; returns what they print."""
+    code = snippet("play").replace("runs/my-run", "run")
+    for old, new in (("CartPole-v1", env_id), *changes):
+        assert old in code
+        code = code.replace(old, new)
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return float(result.stdout.splitlines()[-1])
+
+
+def test_a_trained_agent_plays_elsewhere(tmp_path):
+    assert run_agent("ppo", *SMALL, cwd=tmp_path).returncode == 0
+    assert 8 <= play(tmp_path, "ppo", "CartPole-v1") <= 500
+
+
+def test_a_continuous_agent_plays_elsewhere(tmp_path):
+    small = [*SMALL, "--env-id", "Pendulum-v1"]
+    assert run_agent("ppo_continuous_action", *small, cwd=tmp_path).returncode == 0
+    act = "        action = agent(torch.as_tensor(obs)[None])[0].argmax(-1).item()\n"
+    changes = (act, f"        {snippet('act: continuous')}")
+    assert -2200 < play(tmp_path, "ppo_continuous_action", "Pendulum-v1", changes) < 0
+
+
+def test_an_atari_agent_plays_elsewhere(tmp_path):
+    small = flags(total_timesteps=64, num_envs=2, num_steps=16, eval_episodes=0, mode="eager", run_dir="run")
+    assert run_agent("ppo_atari", *small, cwd=tmp_path).returncode == 0
+    make = 'env = gymnasium.make("Pong-v5")\n'
+    changes = (make, snippet("environment: Atari"))
+    assert -21 <= play(tmp_path, "ppo_atari", "Pong-v5", changes) <= 21
+
+
+def test_every_agent_and_flag_in_readme_exists():
+    names = set(re.findall(r"agents/(\w+)\.py", README))
+    assert names and all(script(name).exists() for name in names)
+    known = {name.replace("_", "-") for agent in names for name in vars(agent_named(agent).Args())}
+    tables = "\n".join(line for line in README.splitlines() if line.startswith("| `--"))
+    assert {flag for flag in re.findall(r"`--([a-z-]+)", tables)} <= known
