@@ -218,7 +218,7 @@ def test_actions_are_uniform_while_exploring_and_then_the_policys(module):
     torch.testing.assert_close(module.sample_actions(*given, torch.tensor(False)), expected)
 
     scaled, (first, second) = module.Agent.scale(agent, actions), actions.double().T
-    torch.testing.assert_close(scaled, torch.stack([first, 2 * second - 1], 1))
+    torch.testing.assert_close(scaled, torch.stack([first, 2 * second - 1], 1), rtol=0, atol=1e-6)
     broken = module.Agent.scale(agent, torch.tensor([[float("nan"), 2.0]]))
     assert broken.tolist() == [[-1, 1]], "an environment gets numbers within its bounds, whatever happens"
 
