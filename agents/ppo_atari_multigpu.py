@@ -513,7 +513,8 @@ def main(args: Args, stop=()) -> dict:
     device = torch.device(args.device if cuda and ":" in args.device else f"cuda:{local_rank}" if cuda else "cpu")
     if cuda and local_ranks > (1 if ":" in args.device else torch.cuda.device_count()):
         raise UserError(f"--device {args.device}: each of the {local_ranks} ranks here needs a GPU of its own")
-    mode = args.mode if args.mode != "auto" else "compile-cudagraphs" if cuda else "eager"
+    fastest = "compile-cudagraphs" if shutil.which(os.environ.get("CXX", "g++")) else "cudagraphs"
+    mode = args.mode if args.mode != "auto" else fastest if cuda else "eager"
     if cuda:
         torch.cuda.set_device(device)
         torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be recorded on the default one

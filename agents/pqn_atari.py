@@ -459,7 +459,8 @@ def main(args: Args, stop=()) -> dict:
     started, agent_name, source = time.perf_counter(), Path(__file__).stem, args.resume or args.evaluate
     cuda = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device(args.device if cuda and ":" in args.device else "cuda:0" if cuda else "cpu")
-    mode = args.mode if args.mode != "auto" else "compile-cudagraphs" if cuda else "eager"
+    fastest = "compile-cudagraphs" if shutil.which(os.environ.get("CXX", "g++")) else "cudagraphs"
+    mode = args.mode if args.mode != "auto" else fastest if cuda else "eager"
     if cuda:
         torch.cuda.set_device(device)
         torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be recorded on the default one

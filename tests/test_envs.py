@@ -325,7 +325,8 @@ def test_training_resumption_and_evaluation_use_these_seeds(agent, runs, cli, tm
     assert training == module.env_seed(args, "training", steps) != module.env_seed(args, "training")
     assert set(rest) == {module.env_seed(args, purpose) for purpose in ("evaluation", "film")[: 1 + film]}
     seeds.clear()
-    final_json(cli(agent, "--evaluate", run_dir, "--no-video", "--eval-episodes", 1))
+    summary = final_json(cli(agent, "--evaluate", run_dir, "--no-video", "--eval-episodes", 1))
+    assert summary["eval_episodes"] == len(summary["eval_returns"]) == 1
     assert seeds[-1] == module.env_seed(args, "evaluation"), "the same games as after training"
 
 
