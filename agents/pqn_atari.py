@@ -429,6 +429,8 @@ def write_file(path: Path, content: bytes) -> None:
     try:
         aside.write_bytes(content)
         os.replace(aside, path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}; what was saved before is untouched") from None
     finally:
         aside.unlink(missing_ok=True)
 

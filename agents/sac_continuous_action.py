@@ -508,6 +508,8 @@ def write_file(path: Path, content: bytes) -> None:
     try:
         aside.write_bytes(content)
         os.replace(aside, path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}; what was saved before is untouched") from None
     finally:
         aside.unlink(missing_ok=True)
 
@@ -588,7 +590,7 @@ def main(args: Args, stop=()) -> dict:
     if source:
         with explained(f"{source}/checkpoint.pt: not of this agent in this environment"):
             agent.load_state_dict(saved["agent"])
-            for optimizer, state in zip(optimizers, saved["optimizer"]):
+            for optimizer, state in zip(optimizers, saved["optimizer"], strict=True):
                 optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
             if saved["device"] == device.type:
                 generator.set_state(saved["generator"])

@@ -430,7 +430,10 @@ def test_td3_losses_are_the_papers(module):
     data, noise = transitions(30, 1, discrete=False), 2 * np.random.default_rng(3).normal(size=(30, 2))
     obs, _, _, _, next_obs, valid = data
     (weights, critics), (targets, target_critics) = linear_critics(4), linear_critics(5)
-    agent, scale = SimpleNamespace(critics=critics, target_critics=target_critics), torch.tensor(0.9).double()
+    agent, scale = (
+        SimpleNamespace(critics=critics, target_critics=target_critics),
+        torch.tensor(0.9, dtype=torch.float64),
+    )
     agent.actor = lambda obs: (scale * obs[:, :2]).tanh()
     agent.target_actor = lambda obs: (0.8 * obs[:, :2]).tanh()
     args = module.Args(gamma=0.9, policy_noise=0.4, noise_clip=0.5)
@@ -454,7 +457,7 @@ def test_td3_losses_are_the_papers(module):
 def test_log_densities_are_those_of_a_squashed_gaussian(module):
     """Where tanh leaves digits to compare, and finite where it leaves none."""
     torch.manual_seed(0)
-    agent = module.Agent((4,), 2).double()
+    agent = module.Agent((4,), [-1.0] * 2, [1.0] * 2).double()
     actor, heads = agent.actor, []
     actor.head.register_forward_hook(lambda layer, inputs, output: heads.append(output))
     actor.first.register_forward_pre_hook(lambda layer, inputs: inputs[0].double())  # the network casts to float32
@@ -473,7 +476,7 @@ def test_log_densities_are_those_of_a_squashed_gaussian(module):
 @pytest.mark.parametrize("module", agents_with("Critics"))
 def test_critics_are_two_separate_networks(module):
     torch.manual_seed(0)
-    critics, obs, actions = module.Agent((4,), 2).critics, torch.randn(7, 4), torch.randn(7, 2)
+    critics, obs, actions = module.Agent((4,), [-1.0] * 2, [1.0] * 2).critics, torch.randn(7, 4), torch.randn(7, 2)
     for member in range(2):
         x = torch.cat([obs, actions], -1)
         for number, (weight, bias) in enumerate(zip(critics.weights, critics.biases)):
@@ -495,7 +498,7 @@ def test_bf16_rounds_the_hidden_layers_and_nothing_else(module, network):
     outputs = {}
     for bf16 in (False, True):
         torch.manual_seed(0)
-        agent = module.Agent((17,), 6, bf16)
+        agent = module.Agent((17,), [-1.0] * 6, [1.0] * 6, bf16)
         outputs[bf16] = run(agent)
         assert outputs[bf16].dtype == torch.float32 and all(p.dtype == torch.float32 for p in agent.parameters())
         with pytest.MonkeyPatch.context() as patch:
