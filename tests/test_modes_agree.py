@@ -29,6 +29,7 @@ def arguments(agent, mode, device="cpu"):
     changes = dict.fromkeys(rates, 1e-4)
     small = {"precision": "fp32", "frame_skip": 4, "num_steps": 8}
     changes |= {name: value for name, value in small.items() if name in settings(agent)}
+    changes |= {"learning_starts": 64, "total_timesteps": 64 + 16 * 4} if "buffer_size" in settings(agent) else {}
     args = module.parse_args(tiny(agent, eval_episodes=0, device=device, **changes))
     if "num_steps" in settings(agent):
         args.total_timesteps = ITERATIONS * args.num_envs * args.num_steps
@@ -107,9 +108,14 @@ def distances(agent, mode, device="cpu"):
 
 @each_agent
 def test_graphs_give_the_same_weights(agent):
-    """Recorded and replayed are the very operations of eager mode: the same bits, whatever changes outside."""
+    """Recorded and replayed are the very operations of eager mode: the same bits, whatever changes outside.
+
+    And that is not for want of learning: every parameter moves.
+    """
     moved, apart = distances(agent, "emulated")
     assert moved > 0 and apart == 0
+    start, end, _ = trained(agent, "eager")
+    assert {name for name in start if torch.equal(start[name], end[name])} <= {"low", "high"}
 
 
 @each_agent
