@@ -580,9 +580,6 @@ def main(args: Args, stop=()) -> dict:
         saving = stopping or time.perf_counter() - saved_at > 60 * args.checkpoint_minutes
         if saving or iteration % max(1, args.total_timesteps // args.batch_size // 1000) == 0:
             scalars = {f"losses/{name}": value.item() for name, value in metrics.items()}
-            if not all(map(math.isfinite, scalars.values())):
-                raise FloatingPointError(f"the loss is not finite any more at step {global_step}: {scalars}; a lower "
-                                         "--learning-rate may help, and checkpoint.pt is from before")  # fmt: skip
             seconds["sps"], compile_seconds = time.perf_counter() - loop_start, loop_start - built
             speeds = {name: (global_step - loop_step) / value for name, value in seconds.items()}
             scalars |= {"charts/SPS": speeds["sps"], "charts/learning_rate": lr.item()}
@@ -592,6 +589,9 @@ def main(args: Args, stop=()) -> dict:
                 returns.extend(episode_return for episode_return, _ in finished)
                 finished.clear()
                 progress.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
+            if not all(map(math.isfinite, scalars.values())):
+                raise FloatingPointError(f"not finite any more at step {global_step}: {scalars}; a lower "
+                                         "--learning-rate may help, and checkpoint.pt is from before")  # fmt: skip
             for tag, value in scalars.items():
                 writer.add_scalar(tag, value, global_step)
         if saving:
