@@ -194,6 +194,8 @@ def memory() -> dict:
     """
     unit = 2**20 if sys.platform == "darwin" else 2**10
     figures = {"host_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit}
+    if (status := Path("/proc/self/status")).exists():  # on Linux ru_maxrss may be that of the parent process
+        figures = {"host_memory_mib": int(status.read_text().partition("VmHWM:")[2].split()[0]) // 2**10}
     if torch := sys.modules.get("torch"):
         used = torch.cuda.is_initialized()
         figures["device_memory_mib"] = torch.cuda.max_memory_reserved() // 2**20 if used else None
