@@ -448,12 +448,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
     argv = sys.argv[1:] if argv is None else argv
     parser, flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False), []
-    parser.add_argument("--resume", "--evaluate", dest="source")
-    if source := parser.parse_known_args(argv)[0].source:
-        with explained(f"{source}: no run of {Path(__file__).stem}"):
+    parser.add_argument("--resume")
+    parser.add_argument("--evaluate")
+    known = parser.parse_known_args(argv)[0]
+    if source := known.resume or known.evaluate:
+        with explained(f"--{'resume' if known.resume else 'evaluate'} {source}: no run of {Path(__file__).stem}"):
             config = json.loads(Path(source, "config.json").read_text())
             if config["agent"] != Path(__file__).stem:
-                raise UserError(f"but one of {config['agent']}")
+                raise UserError(f"it is one of {config['agent']}")
             for name, value in config["args"].items():
                 if name not in ("run_dir", "resume", "evaluate") and value is not None:
                     on, off = (f"--{prefix}{name.replace('_', '-')}" for prefix in ("", "no-"))
@@ -581,7 +583,7 @@ def main(args: Args, stop=()) -> dict:
         with explained(f"{source}/checkpoint.pt: its replay buffer is not of this --buffer-size and --num-envs"):
             replay.load_state_dict(saved.pop("replay"))
         replay.dones[replay.row] = 1  # no transition leads from games that were left to those that begin now
-    elif source:
+    elif source and global_step + args.iteration_steps <= args.total_timesteps:
         refill = math.ceil(min(global_step, max(args.learning_starts, 1)) / args.iteration_steps)
 
     def learning_rate() -> float:

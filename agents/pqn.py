@@ -356,12 +356,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
     argv = sys.argv[1:] if argv is None else argv
     parser, flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False), []
-    parser.add_argument("--resume", "--evaluate", dest="source")
-    if source := parser.parse_known_args(argv)[0].source:
-        with explained(f"{source}: no run of {Path(__file__).stem}"):
+    parser.add_argument("--resume")
+    parser.add_argument("--evaluate")
+    known = parser.parse_known_args(argv)[0]
+    if source := known.resume or known.evaluate:
+        with explained(f"--{'resume' if known.resume else 'evaluate'} {source}: no run of {Path(__file__).stem}"):
             config = json.loads(Path(source, "config.json").read_text())
             if config["agent"] != Path(__file__).stem:
-                raise UserError(f"but one of {config['agent']}")
+                raise UserError(f"it is one of {config['agent']}")
             for name, value in config["args"].items():
                 if name not in ("run_dir", "resume", "evaluate") and value is not None:
                     on, off = (f"--{prefix}{name.replace('_', '-')}" for prefix in ("", "no-"))

@@ -182,7 +182,7 @@ def test_refuses_a_folder_without_a_run(agent, flag, cli, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("mine")
     for name in ("missing", "empty", "file"):
-        check_failure(cli(agent, flag, name), name, "no run of", agent)
+        check_failure(cli(agent, flag, name), flag, name, "no run of", agent)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
 
 
@@ -277,7 +277,7 @@ def test_refuses_the_run_of_another(agent, flag, runs, cli, tmp_path):
     before = contents(tmp_path)
     env_id = "Pong-v5" if "atari" in agent else "HalfCheetah-v5" if continuous(agent) else "Acrobot-v1"
     other = NAMES[NAMES.index(agent) - 1]
-    check_failure(cli(other, flag, run_dir), str(run_dir), f"no run of {other}", f"one of {agent}")
+    check_failure(cli(other, flag, run_dir), flag, str(run_dir), f"no run of {other}", f"one of {agent}")
     foreign_env = cli(agent, flag, run_dir, "--env-id", env_id)
     assert contents(tmp_path) == before
     check_failure(foreign_env, f"{run_dir}/checkpoint.pt", "environment")
