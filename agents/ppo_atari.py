@@ -20,7 +20,6 @@ import io
 import json
 import math
 import os
-import secrets
 import shutil
 import signal
 import sys
@@ -28,7 +27,7 @@ import threading
 import time
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -94,17 +93,18 @@ class Args:
             if type(value) in (int, float) and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
         if self.batch_size % self.num_minibatches or self.batch_size > self.total_timesteps:
-            raise ValueError(f"a rollout of num_envs x num_steps = {self.batch_size} steps must be a multiple of "
-                             f"--num-minibatches {self.num_minibatches}, and fit in --total-timesteps "
-                             f"{self.total_timesteps}")  # fmt: skip
+            raise ValueError(f"num_envs x num_steps = {self.batch_size}: must be a multiple of --num-minibatches "
+                             f"{self.num_minibatches}, at most --total-timesteps {self.total_timesteps}")  # fmt: skip
         if self.resume and (self.evaluate or self.run_dir):
             raise ValueError("--resume goes on in its own folder: leave out --run-dir and --evaluate")
+        if self.evaluate:  # takes what this machine has
+            return
         devices = ["auto", "cpu", *["cuda"][:gpus], *(f"cuda:{n}" for n in range(gpus))]
-        if self.device not in devices and not self.evaluate:  # --evaluate takes what there is
+        if self.device not in devices:
             raise ValueError(f"--device {self.device}: must be one of {', '.join(devices)} on this machine")
-        if "cudagraphs" in self.mode and (self.device == "cpu" or not gpus) and not self.evaluate:
+        if "cudagraphs" in self.mode and (self.device == "cpu" or not gpus):
             raise ValueError(f"--mode {self.mode}: CUDA graphs need a CUDA device")
-        if "compile" in self.mode and not shutil.which(os.environ.get("CXX", "g++")) and not self.evaluate:
+        if "compile" in self.mode and not shutil.which(os.environ.get("CXX", "g++")):
             raise ValueError(f"--mode {self.mode}: torch.compile needs a C++ compiler, g++ or what CXX names")
 
 
@@ -331,13 +331,15 @@ def update(agent: Agent, optimizer, rollout: Rollout, args: Args, gradients=grad
 def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=(), frames=None) -> list[float]:
     """True returns of one whole game in each environment, by sampled or most likely actions; fewer after a `stop`.
 
-    `frames`, a list, gets the first 1,000 pictures [height, width, 3] uint8 of the first environment.
+    `frames`, a list, gets the first 1,000 pictures of the first environment, as PIL images.
     """
+    from PIL import Image
+
     returns, playing = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
     obs, _ = envs.reset()
     while playing.any() and not stop:
         if frames is not None and len(frames) < 1000:
-            frames.append(envs.render()[0])
+            frames.append(Image.fromarray(envs.render()[0]))
         logits, _ = agent(torch.as_tensor(obs, device=generator.device))
         gumbel = -torch.empty_like(logits).exponential_(generator=generator).log()
         actions = (logits if greedy else logits + gumbel).argmax(-1).int().cpu().numpy()
@@ -393,37 +395,18 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Read the command line; behind --resume or --evaluate stand the settings of that run, and other flags win."""
     import tyro
 
-    argv = sys.argv[1:] if argv is None else argv
-    parser, flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False), []
-    parser.add_argument("--resume")
-    parser.add_argument("--evaluate")
-    known = parser.parse_known_args(argv)[0]
-    if source := known.resume or known.evaluate:
-        with explained(f"--{'resume' if known.resume else 'evaluate'} {source}: no run of {Path(__file__).stem}"):
+    argv, flags = sys.argv[1:] if argv is None else argv, []
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", "--evaluate", dest="source")
+    if source := parser.parse_known_args(argv)[0].source:
+        with explained(f"--resume or --evaluate {source}: no run of {Path(__file__).stem}"):
             config = json.loads(Path(source, "config.json").read_text())
             if config["agent"] != Path(__file__).stem:
                 raise UserError(f"it is one of {config['agent']}")
             for name, value in config["args"].items():
-                if name not in ("run_dir", "resume", "evaluate") and value is not None:
-                    on, off = (f"--{prefix}{name.replace('_', '-')}" for prefix in ("", "no-"))
-                    flags.append(on if value is True else off if value is False else f"{on}={value}")
+                flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+                flags.append(flag if type(value) is bool else f"{flag}={value}")
     return tyro.cli(Args, args=[*flags, *argv], description=__doc__)
-
-
-def claim_folder(args: Args) -> tuple[Path, object]:
-    """The folder of this run, made if it is new, and a lock that this process holds until it ends: no two share one."""
-    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
-    with explained(f"--{'resume' if args.resume else 'run-dir'} {run_dir}: not an empty folder, or one in use"):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not args.resume and {path.name for path in run_dir.iterdir()} - {".lock"}:
-            raise UserError("to go on with a run, name it with --resume")
-        lock = open(run_dir / ".lock", "w")
-        if os.name == "posix":  # Windows has no fcntl
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return run_dir, lock
 
 
 def env_seed(args: Args, purpose: Literal["training", "evaluation", "film"], global_step: int = 0) -> int:
@@ -451,19 +434,16 @@ def final_score(args: Args, agent: Agent, device: torch.device, run_dir: Path, s
         envs = make_envs(args, args.eval_episodes, env_seed(args, "evaluation"))
         scores = evaluate(agent, envs, generator, args.eval_greedy, stop)
     if args.video and not stop:
-        from PIL import Image
-
-        frames, envs = [], make_envs(args, 1, env_seed(args, "film"), render_mode="rgb_array")
-        evaluate(agent, envs, generator, args.eval_greedy, stop, frames)
-        first, *others = map(Image.fromarray, frames)
-        first.save(gif := io.BytesIO(), "GIF", save_all=True, append_images=others, duration=50, loop=0)
-        write_file(run_dir / "episode.gif", gif.getvalue())
+        envs = make_envs(args, 1, env_seed(args, "film"), render_mode="rgb_array")
+        evaluate(agent, envs, generator, args.eval_greedy, stop, frames := [])
+        frames[0].save(run_dir / "episode.gif", save_all=True, append_images=frames[1:], duration=50, loop=0)
     mean, std = (float(np.mean(scores)), float(np.std(scores))) if scores else (None, None)
     return {"eval_return_mean": mean, "eval_return_std": std, "eval_episodes": len(scores), "eval_returns": scores}
 
 
 def main(args: Args, stop=()) -> dict:
     """Train, evaluate and summarise one agent; returns the content of summary.json. A `stop` that fills up ends it."""
+    from filelock import FileLock  # comes with torch
     from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
 
@@ -490,6 +470,7 @@ def main(args: Args, stop=()) -> dict:
         with explained(f"{source}/checkpoint.pt: missing or damaged"):
             saved |= torch.load(Path(source, "checkpoint.pt"), map_location="cpu", weights_only=True)
     global_step, returns = saved["global_step"], deque(saved["returns"], maxlen=100)
+    started -= saved["wall_seconds"]
     envs = make_envs(args, 1 if args.evaluate else args.num_envs, env_seed(args, "training", global_step))
     check_envs(args, envs)
     network = {"num_actions": int(envs.single_action_space.n)}
@@ -515,11 +496,18 @@ def main(args: Args, stop=()) -> dict:
     def save():
         state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "returns": list(returns)}
         state |= {"generator": generator.get_state(), "device": device.type, "learning_rate": lr.item()}
-        state |= {"global_step": global_step, "wall_seconds": saved["wall_seconds"] + time.perf_counter() - started}
+        state |= {"global_step": global_step, "wall_seconds": time.perf_counter() - started}
         torch.save(state, content := io.BytesIO())
         write_file(run_dir / "checkpoint.pt", content.getvalue())
 
-    run_dir, lock = claim_folder(args)  # the lock is held by being kept
+    start = time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}")
+    run_dir = Path(args.resume or args.run_dir or f"runs/{args.env_id}__{agent_name}__{args.seed}__{start}")
+    lock = FileLock(run_dir / ".lock", blocking=False)  # held until this process ends: no two runs share a folder
+    with explained(f"--{'resume' if args.resume else 'run-dir'} {run_dir}: in use, or not free"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not args.resume and any(path.name != ".lock" for path in run_dir.iterdir()):
+            raise UserError("it is not empty; to go on with a run in it, use --resume")
+        lock.acquire()
     if args.track:
         with explained("--track"):
             from wandb import init
@@ -528,7 +516,8 @@ def main(args: Args, stop=()) -> dict:
             run_id = id_file.read_text() if id_file.exists() else None  # a resumed run goes on there, too
             run = init(project="redline", name=run_dir.name, id=run_id, resume="allow", **options)
             id_file.write_text(run.id)
-    config = {"agent": agent_name, "args": asdict(args), "network": network}
+    settings = asdict(replace(args, run_dir=None, resume=None, evaluate=None))  # what a resumed run takes over
+    config = {"agent": agent_name, "args": settings, "network": network}
     write_file(run_dir / "config.json", json.dumps(config, indent=2).encode())
     write_file(run_dir / Path(__file__).name, Path(__file__).read_bytes())
     if not source:
@@ -605,7 +594,7 @@ def main(args: Args, stop=()) -> dict:
     summary |= {"global_step": global_step, "train_return_mean": float(np.mean(returns)) if returns else None}
     summary |= speeds | {"compile_seconds": compile_seconds} | final_score(args, agent, device, run_dir, stop)
     summary |= {"stopped_by": signal.Signals(stop[0]).name if stop else None, "run_dir": str(run_dir)}
-    summary["wall_seconds"] = saved["wall_seconds"] + time.perf_counter() - started
+    summary["wall_seconds"] = time.perf_counter() - started
     write_file(run_dir / "summary.json", json.dumps(summary, indent=2).encode())
     if args.track:
         run.finish()

@@ -7,9 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import envpool
@@ -138,28 +136,13 @@ def test_refuses_a_run_dir_that_cannot_be_made(agent, cli, tmp_path):
     assert contents(tmp_path) == {"file": b"mine"}
 
 
-@each_agent
-def test_two_runs_started_at_once_share_no_folder(agent, tmp_path, monkeypatch):
-    """One of many gets the folder, be it named or the default of the same second."""
-    module = agent_named(agent)
-    monkeypatch.chdir(tmp_path)
-    args, start = module.Args(), threading.Barrier(8)
-    names = {claim[0] for claim in [module.claim_folder(args) for _ in range(3)]}
-    assert len(names) == 3
-
-    def claim(_):
-        start.wait()
-        try:
-            return module.claim_folder(args)
-        except module.UserError as error:
-            assert str(args.run_dir or "runs") in str(error)
-
-    monkeypatch.setattr(module.secrets, "token_hex", lambda _: "same")
-    monkeypatch.setattr(module.time, "strftime", lambda _: "now")
-    for args.run_dir in (None, "run"):
-        with ThreadPoolExecutor(8) as pool:
-            claims = list(pool.map(claim, range(8)))
-        assert len([1 for claimed in claims if claimed]) == 1
+def test_two_runs_started_at_once_share_no_folder(tmp_path):
+    """Of two that name the same folder one trains and the other ends with a sentence; default names differ."""
+    starts = [start_agent("ppo", *tiny("ppo", **named), cwd=tmp_path) for named in ({"run_dir": "run"}, {}) * 2]
+    runs = list(map(finish, starts))
+    assert sorted(run.returncode for run in runs) == [0, 0, 0, 2]
+    check_failure(next(run for run in runs if run.returncode), "--run-dir run", "in use")
+    assert len({final_json(run)["run_dir"] for run in runs if not run.returncode}) == 3
 
 
 # ---- run folders that cannot be used ---------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 memory and resumption of the agents that have one. A plain list of steps is what they are compared with.
 """
 
-import io
 import math
 from collections import Counter
 from types import SimpleNamespace
@@ -13,7 +12,8 @@ import pytest
 import torch
 from conftest import agents_with, continuous, read_checkpoint, tiny_args
 
-each_replay = pytest.mark.parametrize("module", agents_with("check_memory"))
+REPLAYS = agents_with("Replay") + agents_with("FrameReplay")
+each_replay = pytest.mark.parametrize("module", REPLAYS)
 real_agents = pytest.mark.parametrize("module", agents_with("sac_critic_loss") + agents_with("td3_critic_loss"))
 CPU = torch.device("cpu")
 
@@ -233,7 +233,7 @@ def no_gradients(calls):
     return gradients
 
 
-OWING = [(*case.values, *sizes) for case in agents_with("check_memory") for sizes in [(1, 4), (4, 1), (6, 4)]]
+OWING = [(*case.values, *sizes) for case in REPLAYS for sizes in [(1, 4), (4, 1), (6, 4)]]
 OWING = [case for case in OWING if case[1] == 6 or not hasattr(case[0], "FrameReplay")]  # pictures take their time
 
 
@@ -313,15 +313,15 @@ def test_a_buffer_that_does_not_fit_is_refused(module, tmp_path, monkeypatch):
     with pytest.raises(module.UserError, match=f"--buffer-size {2**38}: .*GiB"):
         module.main(tiny_args(module, tmp_path, buffer_size=2**38))
     assert not (tmp_path / "run").exists()
-    text = "MemTotal: 9 kB\nMemAvailable:     100000 kB\nBuffers: 1 kB\n"
-    monkeypatch.setattr(module.Path, "open", lambda *_, **__: io.StringIO(text))
-    monkeypatch.setattr(module.Path, "exists", lambda path: True)
-    module.check_memory(module.Args(), 92_000_000, CPU)
-    with pytest.raises(module.UserError):
-        module.check_memory(module.Args(), 93_000_000, CPU)
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 5}  # 20 kB in all: smaller than the buffer
+    monkeypatch.setattr(module.os, "sysconf", pages.get)
+    with pytest.raises(module.UserError, match="--buffer-size"):
+        module.main(tiny_args(module, tmp_path, buffer_size=20_000))
+    pages["SC_PHYS_PAGES"] = 2**30
+    assert module.main(tiny_args(module, tmp_path, buffer_size=20_000))
 
 
-KEEPING = [(*case.values, keep) for case in agents_with("check_memory") for keep in ("auto", "never")]
+KEEPING = [(*case.values, keep) for case in REPLAYS for keep in ("auto", "never")]
 KEEPING += [(*case.values, keep) for case in agents_with("dqn_loss", "Replay") for keep in ("always", "auto, big")]
 
 

@@ -104,7 +104,8 @@ def test_leaves_its_files(agent, runs):
     assert (done.path / f"{agent}.py").read_bytes() == script(agent).read_bytes()
     config = json.loads((done.path / "config.json").read_text())
     assert config.keys() == {"agent", "args", "network"}
-    assert config["agent"] == agent and config["args"] == asdict(agent_named(agent).parse_args(done.argv))
+    settings = asdict(agent_named(agent).parse_args(done.argv)) | dict.fromkeys(("run_dir", "resume", "evaluate"))
+    assert config["agent"] == agent and config["args"] == settings
     agent_named(agent).Agent(**config["network"]).load_state_dict(read_checkpoint(done.path)["agent"])
 
 

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -92,7 +93,8 @@ def test_the_header_pins_what_requirements_pin(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_agents_import_packages_and_nothing_of_ours(path):
-    allowed = {"envpool", "gymnasium", "numpy", "PIL", "torch", "tqdm", "tyro", "wandb"}
+    allowed = {"envpool", "gymnasium", "numpy", "PIL", "torch", "tqdm", "tyro", "wandb", "filelock"}
+    assert any(line.startswith("filelock") for line in importlib.metadata.requires("torch"))
     for node in ast.walk(ast.parse(path.read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
