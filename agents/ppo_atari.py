@@ -399,7 +399,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", "--evaluate", dest="source")
     if source := parser.parse_known_args(argv)[0].source:
-        with explained(f"--resume or --evaluate {source}: no run of {Path(__file__).stem}"):
+        with explained(f"--resume or --evaluate: {source} is no run of {Path(__file__).stem}"):
             config = json.loads(Path(source, "config.json").read_text())
             if config["agent"] != Path(__file__).stem:
                 raise UserError(f"it is one of {config['agent']}")
@@ -467,7 +467,7 @@ def main(args: Args, stop=()) -> dict:
     # ---- build, or put a checkpoint back ----
     saved = {"global_step": 0, "wall_seconds": 0.0, "returns": [], "learning_rate": 0.0}
     if source:
-        with explained(f"{source}/checkpoint.pt: missing or damaged"):
+        with explained(f"--resume or --evaluate: {source}/checkpoint.pt is missing or damaged"):
             saved |= torch.load(Path(source, "checkpoint.pt"), map_location="cpu", weights_only=True)
     global_step, returns = saved["global_step"], deque(saved["returns"], maxlen=100)
     started -= saved["wall_seconds"]
@@ -479,7 +479,7 @@ def main(args: Args, stop=()) -> dict:
     lr = torch.tensor(args.learning_rate, device=device)  # a tensor, so that graphs see it change
     optimizer = torch.optim.Adam(agent.parameters(), lr, eps=1e-5, fused=True, capturable=cuda)
     if source:
-        with explained(f"{source}/checkpoint.pt: not of this agent in this environment"):
+        with explained(f"--resume or --evaluate: {source}/checkpoint.pt is not of this agent in this environment"):
             agent.load_state_dict(saved["agent"])
             optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
             lr = optimizer.param_groups[0]["lr"]
@@ -522,9 +522,11 @@ def main(args: Args, stop=()) -> dict:
     write_file(run_dir / Path(__file__).name, Path(__file__).read_bytes())
     if not source:
         save()
-    elif learning_rate() > 1.01 * saved["learning_rate"]:
-        rates = f"from {saved['learning_rate']:.3g} to {learning_rate():.3g}"
-        tqdm.write(f"--total-timesteps {args.total_timesteps}: the learning rate rises {rates}", file=sys.stderr)
+    old, new = saved["learning_rate"], learning_rate()
+    rise = f"the learning rate rises from {old:.3g} to {new:.3g}, following --total-timesteps"
+    notes = [rise] if source and new > 1.01 * old else []
+    for note in notes:
+        tqdm.write(note, file=sys.stderr)
 
     # ---- the loop ----
     rollout, built = Rollout(args, envs, device), time.perf_counter()
@@ -593,7 +595,7 @@ def main(args: Args, stop=()) -> dict:
 
     summary |= {"global_step": global_step, "train_return_mean": float(np.mean(returns)) if returns else None}
     summary |= speeds | {"compile_seconds": compile_seconds} | final_score(args, agent, device, run_dir, stop)
-    summary |= {"stopped_by": signal.Signals(stop[0]).name if stop else None, "run_dir": str(run_dir)}
+    summary |= {"notes": notes, "stopped_by": signal.Signals(stop[0]).name if stop else None, "run_dir": str(run_dir)}
     summary["wall_seconds"] = time.perf_counter() - started
     write_file(run_dir / "summary.json", json.dumps(summary, indent=2).encode())
     if args.track:

@@ -177,7 +177,7 @@ def test_refuses_a_foreign_config(agent, config, flag, cli, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(config.replace("AGENT", agent))
     before = contents(tmp_path)
-    check_failure(cli(agent, flag, "run"), "--x" if '"x"' in config else f"run: no run of {agent}")
+    check_failure(cli(agent, flag, "run"), "--x" if '"x"' in config else f"run is no run of {agent}")
     assert contents(tmp_path) == before
 
 
@@ -187,7 +187,7 @@ def test_refuses_a_run_without_a_checkpoint(agent, runs, cli, tmp_path):
     run_dir = runs(agent).copy(tmp_path / "run")
     (run_dir / "checkpoint.pt").unlink()
     for flag in ("--evaluate", "--resume"):
-        check_failure(cli(agent, flag, "run"), "run/checkpoint.pt: missing")
+        check_failure(cli(agent, flag, "run"), "run/checkpoint.pt is missing")
 
 
 @each_agent
@@ -292,10 +292,10 @@ def test_resume_goes_on(agent, runs, cli, tmp_path):
     summary, rises = final_json(result), [line for line in result.messages if "rises from" in line]
     args = agent_named(agent).parse_args(done.argv)
     for name, flag in (("learning rate", "anneal_lr"), ("epsilon", "exploration_fraction")):
-        said = [re.search(rf"{name} rises from (\S+) to (\S+)", line) for line in rises if name in line]
+        said = [re.search(rf"{name} rises from (\S+) to (\S+),", line) for line in rises if name in line]
         assert len(said) == bool(getattr(args, flag, 0)), rises
         assert all(float(match[1]) < float(match[2]) for match in said)
-    assert all("--total-timesteps" in line for line in rises)
+    assert all("--total-timesteps" in line for line in rises) and len(summary["notes"]) == len(rises)
     assert summary["global_step"] == 2 * start["global_step"] and summary["run_dir"] == "run"
     assert summary["wall_seconds"] > start["wall_seconds"] and summary["seed"] == start["seed"]
     before, after = read_checkpoint(done.path), read_checkpoint(run_dir)

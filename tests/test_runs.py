@@ -32,7 +32,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 SUMMARY_KEYS = {
     "agent", "env_id", "seed", "device", "mode", "torch", "num_envs", "global_step", "wall_seconds", "compile_seconds",
     "sps", "sps_rollout", "sps_update", "train_return_mean", "eval_return_mean", "eval_return_std", "eval_episodes",
-    "eval_returns", "stopped_by", "run_dir",
+    "eval_returns", "notes", "stopped_by", "run_dir",
 }  # fmt: skip
 each_agent = pytest.mark.parametrize("agent", NAMES)
 each_kind = pytest.mark.parametrize("agent", slow_unless_new())
