@@ -129,6 +129,25 @@ def explained(sentence: str):
 # ---- environments and network ----------------------------------------------------------------------------------------
 
 
+def leaves(tree) -> list:
+    """The entries of nested dictionaries, in order; not `privileged_state`, which a real robot could not measure."""
+    if not isinstance(tree, dict | gymnasium.spaces.Dict):
+        return [tree]
+    return [leaf for name in tree.keys() if name != "privileged_state" for leaf in leaves(tree[name])]
+
+
+class FlatObservations(gymnasium.vector.VectorObservationWrapper):
+    """Environments whose observations are dictionaries: all their entries one after another, [num_envs, features]."""
+
+    def __init__(self, envs):
+        super().__init__(envs)
+        size = sum(math.prod(space.shape) for space in leaves(envs.single_observation_space))
+        self.single_observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float64)
+
+    def observations(self, observations):
+        return np.concatenate([x.reshape(self.num_envs, -1) for x in leaves(observations)], axis=1)
+
+
 def make_envs(args: Args, num_envs: int, seed: int, **extra):
     """A gymnasium vector environment: observations [num_envs, features], real actions; env i has seed + i.
 
@@ -146,7 +165,8 @@ def make_envs(args: Args, num_envs: int, seed: int, **extra):
         if envpool.make_spec(args.env_id).config.max_num_players > 1:
             raise UserError("a game of several players")
         threads = min(args.env_threads, num_envs)
-        return envpool.make(args.env_id, "gymnasium", num_envs=num_envs, num_threads=threads, seed=seed, **extra)
+        envs = envpool.make(args.env_id, "gymnasium", num_envs=num_envs, num_threads=threads, seed=seed, **extra)
+        return FlatObservations(envs) if isinstance(envs.single_observation_space, gymnasium.spaces.Dict) else envs
 
 
 def check_envs(args: Args, envs) -> None:
