@@ -286,7 +286,8 @@ def test_dictionaries_become_one_vector(module):
     """Entries in the order of the space, nested ones too, without what only a simulator knows."""
     sizes = {"WalkerWalk-v1": 24, "Go1JoystickFlatTerrain-v1": 48, "FrankaKitchen-v1": 59 + 2 * 17}
     for env_id, size in sizes.items():
-        envs, plain = module.make_envs(module.Args(env_id=env_id), 3, 7), envpool.make_gymnasium(env_id, num_envs=3, seed=7)
+        envs = module.make_envs(module.Args(env_id=env_id), 3, 7)
+        plain = envpool.make_gymnasium(env_id, num_envs=3, seed=7)
         module.check_envs(module.Args(env_id=env_id), envs)
         assert envs.single_observation_space.shape == (size,)
         (flat, _), (tree, _) = envs.reset(), plain.reset()
