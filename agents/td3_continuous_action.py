@@ -604,7 +604,7 @@ def main(args: Args, stop=()) -> dict:
         torch.save(state, content := io.BytesIO())
         write_file(run_dir / "checkpoint.pt", content.getbuffer())
 
-    start = time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}")
+    start = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{args.env_id}__{agent_name}__{args.seed}__{start}")
     lock = FileLock(run_dir / ".lock", blocking=False)  # held until this process ends: no two runs share a folder
     with explained(f"--{'resume' if args.resume else 'run-dir'} {run_dir}: in use, or not free"):
