@@ -71,7 +71,7 @@ def bad_input(agent: str) -> list:
     atari = "atari" in agent
     near = ("Breakot-v5", "Breakout-v5") if atari else ("CartPol-v1", "CartPole-v1")
     # an environment of another family, by its observations or its actions
-    wrong = ["MiniGrid-Empty-5x5-v0", "FrozenLake-v1", "WalkerWalk-v1"]
+    wrong = ["MiniGrid-Empty-5x5-v0", "FrozenLake-v1", "BinPack-v2"]
     wrong += ["CartPole-v1"] if atari else ["Pong-v5"]
     wrong += ["CartPole-v1"] if continuous(agent) else ["Pendulum-v1"]
     cases = [({"env_id": near[0]}, near[1]), ({"env_id": "no such game"}, "no such game"), ({"env_id": ""}, "")]
