@@ -385,7 +385,11 @@ def test_a_film_ends_after_a_thousand_pictures(agent, runs):
     network |= {"low": [-1.0] * 3, "high": [1.0] * 3} if continuous(agent) else {}
     saved = json.loads((done.path / "config.json").read_text())["network"]
     envs, inputs = Long(agent), inspect.signature(module.evaluate).parameters
-    given = {"agent": module.Agent(**{name: network[name] for name in saved}), "envs": envs, "frames": frames}
+    given = {
+        "agent": module.Agent(**{name: network.get(name, value) for name, value in saved.items()}),
+        "envs": envs,
+        "frames": frames,
+    }
     given |= {"args": module.Args(), "generator": torch.Generator().manual_seed(1), "greedy": True}
     scores = module.evaluate(**{name: value for name, value in given.items() if name in inputs})
     assert scores == [1100] and len(frames) == envs.pictures == 1000

@@ -1,5 +1,6 @@
 """Targets, losses, sampling and steps of the optimizer against a few lines of numpy or torch."""
 
+import math
 from contextlib import nullcontext
 from functools import partial
 from inspect import signature
@@ -372,6 +373,53 @@ def test_dqn_loss_is_the_papers(module):
     for error, row in zip(errors, np.flatnonzero(keep)):
         gradient[:, actions[row]] += error * obs[row] / keep.sum()
     np.testing.assert_allclose(trained.grad, gradient, rtol=1e-9)
+
+
+@pytest.mark.parametrize("module", agents_with("project"))
+def test_project_shares_out_each_probability(module):
+    """Between the two atoms next to its return, the nearer the more; beyond the last atoms to those; means stay."""
+    rng, atoms = np.random.default_rng(3), np.linspace(-2, 4, 13)
+    probs, returns = rng.dirichlet(np.ones(13), 20), rng.uniform(-4, 6, (20, 13))
+    returns[0] = atoms
+    expected = np.zeros((20, 13))
+    for row, (some, where) in enumerate(zip(probs, returns)):
+        for p, x in zip(some, where):
+            place = (np.clip(x, -2, 4) + 2) / 0.5
+            below, above = math.floor(place), math.ceil(place)
+            expected[row, below] += p * (1 if above == below else above - place)
+            expected[row, above] += p * (place - below)
+    result = module.project(*map(torch.tensor, (probs, returns, atoms))).numpy()
+    np.testing.assert_allclose(result, expected, atol=1e-12)
+    np.testing.assert_allclose(result[0], probs[0], atol=1e-12)
+    np.testing.assert_allclose(result @ atoms, (probs * returns.clip(-2, 4)).sum(-1), atol=1e-12)
+
+
+@pytest.mark.parametrize("module", agents_with("c51_loss"))
+def test_c51_loss_is_the_papers(module):
+    """The target's distribution is that of the target network's best action; terminations leave the reward alone."""
+    data = obs, actions, rewards, terminations, next_obs, valid = transitions(30, 1, discrete=True)
+    atoms, weights, targets = np.linspace(-3, 3, 7), *np.random.default_rng(2).normal(size=(2, 4, 3 * 7))
+
+    def network(weights):
+        return lambda x: (x @ weights).unflatten(-1, (3, 7)).log_softmax(-1)
+
+    def probabilities(x, weights):
+        logits = np.exp((x @ weights).reshape(-1, 3, 7))
+        return logits / logits.sum(-1, keepdims=True)
+
+    parts = network(torch.tensor(weights)), network(torch.tensor(targets)), torch.tensor(atoms)
+    agent = SimpleNamespace(q_network=parts[0], target_network=parts[1], atoms=parts[2])
+    loss, metrics = module.c51_loss(agent, SimpleNamespace(gamma=0.9), *map(torch.tensor, data))
+    losses, q_values = [], []
+    for i in np.flatnonzero(valid):
+        after = probabilities(next_obs[i], targets)[0]
+        best = after[(after @ atoms).argmax()]
+        returns = rewards[i] + 0.9 * atoms * (1 - terminations[i])
+        goal = module.project(*map(torch.tensor, (best[None], returns[None], atoms)))[0].numpy()
+        probs = probabilities(obs[i], weights)[0, actions[i]]
+        losses.append(-goal @ np.log(probs)), q_values.append(probs @ atoms)
+    expected = {"td_loss": np.mean(losses), "q_values": np.mean(q_values)}
+    assert numbers(metrics) == pytest.approx(expected, rel=1e-9) and loss.item() == metrics["td_loss"].item()
 
 
 def linear_critics(seed):

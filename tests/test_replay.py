@@ -153,7 +153,8 @@ def test_training_stores_what_the_environments_did(module, tmp_path, monkeypatch
     atari, real = "atari" in name, continuous(name)
     changes = {"env_id": "RoadRunner-v5", "frame_skip": 60} if atari else {}  # some games end soon, and some unseen
     changes |= {"num_envs": 2, "buffer_size": 41, "learning_starts": 4, "total_timesteps": 240, "eval_episodes": 0}
-    changes |= {"train_frequency": 2, "end_e": 1.0} if "dqn" in name else {}  # random games are short
+    if hasattr(module.Args, "train_frequency"):
+        changes |= {"train_frequency": 2, "end_e": 1.0}  # random games are short
     steps = Steps(21)
     watched_envs(module, steps, monkeypatch, limit=90 if real else 15 if atari else 40)
 
@@ -240,10 +241,10 @@ OWING = [case for case in OWING if case[1] == 6 or not hasattr(case[0], "FrameRe
 @pytest.mark.parametrize("module, num_envs, every", OWING, ids=lambda x: getattr(x, "__name__", x))
 def test_every_step_is_followed_by_the_updates_it_owes(module, num_envs, every, tmp_path, monkeypatch):
     """One update of batch_size transitions for every `every` environment steps from the start of learning on."""
-    name, calls, phases, update = module.__name__, [], [], module.update
+    calls, phases, update = [], [], module.update
     monkeypatch.setattr(module, "gradients", no_gradients(calls))
     monkeypatch.setattr(module, "update", lambda *inputs: (phases.append(len(calls)), update(*inputs))[1])
-    ratio = {"train_frequency": every} if "dqn" in name else {"utd": 1 / every}
+    ratio = {"train_frequency": every} if hasattr(module.Args, "train_frequency") else {"utd": 1 / every}
     changes = ratio | {"num_envs": num_envs, "batch_size": 3, "learning_starts": 48, "total_timesteps": 96}
     args = tiny_args(module, tmp_path, eval_episodes=0, **changes)
     assert args.iteration_steps <= 24 and 48 % args.iteration_steps == 0
@@ -251,7 +252,7 @@ def test_every_step_is_followed_by_the_updates_it_owes(module, num_envs, every, 
     of_critics = [data for loss, data in calls if "policy" not in loss]
     assert len(of_critics) == 48 // every and all(len(x) == 3 for data in of_critics for x in data)
     assert len(phases) == 48 // args.iteration_steps, "one learning phase an iteration"
-    if "dqn" not in name:
+    if hasattr(module.Args, "utd"):
         delay = getattr(args, "policy_frequency", 1)
         pattern = [*["critic"] * delay, "policy"] * (len(of_critics) // delay)
         kinds = ["policy" if "policy" in loss else "critic" for loss, _ in calls]
@@ -322,15 +323,15 @@ def test_a_buffer_that_does_not_fit_is_refused(module, tmp_path, monkeypatch):
 
 
 KEEPING = [(*case.values, keep) for case in REPLAYS for keep in ("auto", "never")]
-KEEPING += [(*case.values, keep) for case in agents_with("dqn_loss", "Replay") for keep in ("always", "auto, big")]
+KEEPING += [(*case.values, keep) for case in agents_with("update_target", "Replay") for keep in ("always", "auto, big")]
 
 
 @pytest.mark.parametrize("module, keep", KEEPING, ids=lambda x: x if isinstance(x, str) else x.__name__)
 def test_resumption_keeps_the_buffer_or_fills_it_anew(module, keep, tmp_path, monkeypatch, capsys):
     """Without the buffer, steps that count for nothing fill it before anything is learnt."""
-    name, phases, acts, act, kept = module.__name__, [], [], module.act, keep in ("auto", "always")
+    phases, acts, act, kept = [], [], module.act, keep in ("auto", "always")
     changes = {"num_envs": 2, "learning_starts": 30, "total_timesteps": 64, "eval_episodes": 0}
-    changes |= {"train_frequency": 4} if "dqn" in name else {}
+    changes |= {"train_frequency": 4} if hasattr(module.Args, "train_frequency") else {}
     if "big" in keep:
         monkeypatch.setattr(module.Replay, "buffers", lambda replay: [SimpleNamespace(nbytes=2**30 + 1)])
     monkeypatch.setattr(module, "act", lambda *inputs: (acts.append(1), act(*inputs)))

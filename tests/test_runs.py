@@ -121,9 +121,9 @@ def test_logs_curves(agent, runs):
         assert tags >= {"losses/policy_loss", "losses/value_loss", "losses/entropy", "charts/learning_rate"}
     if agent.startswith("pqn"):
         assert tags >= {"losses/td_loss", "losses/q_values", "charts/epsilon", "charts/learning_rate"}
-    if agent.startswith("dqn"):
+    if agent.startswith(("dqn", "c51")):
         assert tags >= {"losses/td_loss", "losses/q_values", "charts/epsilon", "charts/learning_rate"}
-    if agent.startswith(("ppo", "pqn", "dqn")):
+    if agent.startswith(("ppo", "pqn", "dqn", "c51")):
         assert "losses/grad_norm" in tags
     if agent.startswith(("sac", "td3")):
         assert tags >= {"losses/q_loss", "losses/q_values", "losses/policy_loss"}
@@ -142,7 +142,7 @@ def test_weights_move_and_seed_decides(agent, runs, again):
     assert step == 0 and len(written) >= (2 if "buffer_size" in settings(agent) else 3)  # one after every update
     assert first.keys() == final["agent"].keys()
     still = {key for key in first if torch.equal(first[key], final["agent"][key])}
-    assert still <= {"low", "high"}  # the limits of the actions
+    assert still <= {"low", "high", "atoms"}  # limits of actions, returns
 
     done = runs(agent)
     assert same_weights(final, read_checkpoint(done.path))
