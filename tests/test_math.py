@@ -205,6 +205,7 @@ def test_noise_is_as_told_and_permutations_fresh_every_time(module):
     name = "noise" if continuous(module.__name__) else "gumbel"
     mean, variance = (0, 1) if continuous(module.__name__) else (np.euler_gamma, np.pi**2 / 6)
     rollout = SimpleNamespace(permutations=torch.zeros(3, 50, dtype=torch.int64), **{name: torch.zeros(100, 20, 10)})
+    rollout.shifts = torch.zeros(3, 50, 2)  # of RPO
     noise, generator, before = getattr(rollout, name), torch.Generator().manual_seed(1), None
     for _ in range(2):
         module.draw_noise(rollout, generator)

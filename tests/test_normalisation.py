@@ -7,7 +7,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from conftest import agents_with, read_checkpoint, tiny_args
+from conftest import agent_named, agents_with, read_checkpoint, tiny_args
 
 GAMMA = 0.9
 normalising = pytest.mark.parametrize("module", agents_with("Moments"))
@@ -109,6 +109,7 @@ def test_the_learning_phase_takes_in_each_row_that_counts_once(module):
 def test_a_rollout_is_learnt_from_with_the_statistics_it_was_acted_with(module):
     """So the first minibatch finds every ratio at one: its KL divergence is zero, whatever the statistics."""
     it = build(module)
+    it.args.rpo_alpha = 0.0  # where there is one, it moves the ratios
     learn_from(it, 0)
     it.rollout.obs.add_(1)
     obs, used = it.rollout.obs[0], []
@@ -124,6 +125,26 @@ def test_a_rollout_is_learnt_from_with_the_statistics_it_was_acted_with(module):
     first, last = used[0][1], used[-1][1]
     assert abs(first["approx_kl"]) < 1e-6 and first["clipfrac"] == 0 and last["approx_kl"] > 1e-5
     assert not torch.equal(acted, it.agent.normalize(obs)), "they change once the rollout is done with"
+
+
+def test_rpo_moves_the_mean_of_every_action_it_learns_from():
+    """Anew in each epoch, by up to rpo_alpha: the density at an action moved back is that of a mean moved on."""
+    module = agent_named("rpo_continuous_action")
+    it = build(module)
+    learn_from(it, 0)
+    it.args.rpo_alpha, seen = 0.5, []
+
+    def watch(*inputs):
+        seen.append(inputs[5])
+        return module.gradients(*inputs)
+
+    module.draw_noise(it.rollout, torch.Generator().manual_seed(3))
+    module.update(it.agent, it.optimizer, it.rollout, it.args, gradients=watch)
+    shifts, actions = it.rollout.shifts, it.rollout.actions.flatten(0, 1)
+    assert shifts.abs().max() <= 1 and len(set(shifts.flatten().tolist())) > 0.9 * shifts.numel()
+    each = zip(it.rollout.permutations, shifts)
+    wanted = torch.cat([(actions - 0.5 * moves)[rows] for rows, moves in each])
+    torch.testing.assert_close(torch.cat(seen), wanted, rtol=0, atol=0)
 
 
 @normalising
