@@ -70,7 +70,7 @@ class Args:
     learning_rate: float = 3e-4  # Adam's learning rate at the start
     anneal_lr: bool = False  # lower the learning rate linearly to zero over the run
     gamma: float = 0.99  # discount factor
-    policy_frequency: int = 2  # updates of the critics for one of the policy and of all target networks
+    policy_frequency: int = 2  # critic updates for one update of the policy and of the target networks
     tau: float = 0.005  # how far an update of a target network moves it towards the network: 1 makes it a copy
     exploration_noise: float = 0.1  # standard deviation of the noise on the actions in training, which span -1 to 1
     policy_noise: float = 0.2  # standard deviation of the noise on the target policy's actions

@@ -474,6 +474,31 @@ def test_sac_losses_are_the_papers(module):
     assert scale.grad.item() == pytest.approx(-slopes[keep].mean()), "the policy climbs the lower Q-value"
 
 
+@pytest.mark.parametrize("module", agents_with("ddpg_critic_loss"))
+def test_ddpg_losses_are_the_papers(module):
+    """Those of TD3 with one critic, no noise on the target's actions and no smaller of two values."""
+    data = obs, actions, rewards, terminations, next_obs, valid = transitions(30, 1, discrete=False)
+    (weights, critics), (targets, target_critics) = linear_critics(4), linear_critics(5)
+    agent = SimpleNamespace(
+        critic=lambda *x: critics(*x, members=1)[0], target_critic=lambda *x: target_critics(*x, members=1)[0],
+        actor=lambda obs: (0.9 * obs[:, :2]).tanh(), target_actor=lambda obs: (0.8 * obs[:, :2]).tanh(),
+    )  # fmt: skip
+    batch, keep = [*map(torch.tensor, data)], valid == 1
+    loss, metrics = module.ddpg_critic_loss(agent, module.Args(gamma=0.9), *batch)
+    first, target = weights[0].detach().numpy(), targets[0].detach().numpy()
+    after = target @ np.concatenate([next_obs, np.tanh(0.8 * next_obs[:, :2])], -1).T
+    q_values = first @ np.concatenate([obs, actions], -1).T
+    errors = (q_values - (rewards + 0.9 * np.where(terminations, 0, after)))[keep]
+    expected = {"q_loss": 0.5 * (errors**2).mean(), "q_values": q_values[keep].mean()}
+    assert numbers(metrics) == pytest.approx(expected, rel=1e-9)
+    loss.backward()
+    assert weights.grad[0].abs().max() > 0 and targets.grad is None, "only the critic is trained"
+
+    loss, metrics = module.ddpg_policy_loss(agent, batch[0], batch[-1])
+    value = (first @ np.concatenate([obs, np.tanh(0.9 * obs[:, :2])], -1).T)[keep].mean()
+    assert numbers(metrics) == pytest.approx({"policy_loss": -value}, rel=1e-9)
+
+
 @pytest.mark.parametrize("module", agents_with("td3_critic_loss"))
 def test_td3_losses_are_the_papers(module):
     data, noise = transitions(30, 1, discrete=False), 2 * np.random.default_rng(3).normal(size=(30, 2))
@@ -534,14 +559,14 @@ def test_critics_are_two_separate_networks(module):
     assert not torch.equal(*critics(obs, actions)), "started apart"
 
 
-@pytest.mark.parametrize("module", agents_with("Critics"))
+@pytest.mark.parametrize("module", agents_with("Actor"))
 @pytest.mark.parametrize("network", ["critics", "actor"])
 def test_bf16_rounds_the_hidden_layers_and_nothing_else(module, network):
     obs, actions = torch.randn(64, 17), torch.randn(64, 6)
 
     def run(agent):
         if network == "critics":
-            return agent.critics(obs, actions)
+            return (agent.critics if hasattr(agent, "critics") else agent.critic)(obs, actions)
         return agent.actor(obs, torch.zeros(64, 6))[0] if hasattr(module, "sac_policy_loss") else agent.actor(obs)
 
     outputs = {}

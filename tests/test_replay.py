@@ -2,7 +2,9 @@
 memory and resumption of the agents that have one. A plain list of steps is what they are compared with.
 """
 
+import inspect
 import math
+import re
 from collections import Counter
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ from conftest import agents_with, continuous, read_checkpoint, tiny_args
 
 REPLAYS = agents_with("Replay") + agents_with("FrameReplay")
 each_replay = pytest.mark.parametrize("module", REPLAYS)
-real_agents = pytest.mark.parametrize("module", agents_with("sac_critic_loss") + agents_with("td3_critic_loss"))
+real_agents = pytest.mark.parametrize("module", agents_with("Actor"))
 CPU = torch.device("cpu")
 
 
@@ -187,7 +189,8 @@ def quick_networks(monkeypatch):
 @each_replay
 def test_noise_is_as_told_and_fresh_every_time(module):
     real, before, generator = continuous(module.__name__), None, torch.Generator()
-    drawn = {"noise", "update_noise"} if real else {"gumbel"}
+    names = re.findall(r"rollout\.(\w+)\.(?:normal|exponential)_", inspect.getsource(module.draw_noise))
+    drawn = {"noise", "update_noise"} & {*names} if real else {"gumbel"}
     rollout = SimpleNamespace(random=torch.zeros(100_000, dtype=torch.int64))
     for name in drawn:
         setattr(rollout, name, torch.zeros(20, 1000, 3))
@@ -208,14 +211,16 @@ def test_noise_is_as_told_and_fresh_every_time(module):
 @real_agents
 def test_actions_are_uniform_while_exploring_and_then_the_policys(module):
     obs, noise, args = torch.zeros(100_000, 4), torch.randn(100_000, 2), SimpleNamespace(exploration_noise=0.25)
-    td3, mean = hasattr(module, "td3_critic_loss"), torch.tensor([0.5, -0.9])
+    deterministic, mean = not hasattr(module, "sac_critic_loss"), torch.tensor([0.5, -0.9])
     agent = SimpleNamespace(low=torch.tensor([-1.0, -3]).double(), high=torch.tensor([1.0, 1]).double())
-    agent.actor = (lambda obs: mean.expand(len(obs), 2)) if td3 else lambda obs, noise: ((mean + noise).tanh(), None)
-    given = (agent, args, obs, noise) if td3 else (agent, obs, noise)
+    agent.actor = lambda obs, noise: ((mean + noise).tanh(), None)
+    if deterministic:
+        agent.actor = lambda obs: mean.expand(len(obs), 2)
+    given = (agent, args, obs, noise) if deterministic else (agent, obs, noise)
     actions = module.sample_actions(*given, torch.tensor(True))
     histogram = torch.histc(actions, 10, -1, 1) / actions.numel()
     torch.testing.assert_close(histogram, torch.full((10,), 0.1), rtol=0.05, atol=0)
-    expected = (mean + 0.25 * noise).clamp(-1, 1) if td3 else (mean + noise).tanh()
+    expected = (mean + 0.25 * noise).clamp(-1, 1) if deterministic else (mean + noise).tanh()
     torch.testing.assert_close(module.sample_actions(*given, torch.tensor(False)), expected)
 
     scaled, (first, second) = module.Agent.scale(agent, actions), actions.double().T
@@ -285,8 +290,8 @@ def test_target_networks_follow_by_tau(module, tmp_path, monkeypatch):
     update, moves = module.update, []
 
     def watch(agent, optimizers, replay, rollout, args, *rest):
-        pairs = [("critics", "target_critics"), *[("actor", "target_actor")] * hasattr(agent, "target_actor")]
-        pairs = [(getattr(agent, one), getattr(agent, target)) for one, target in pairs]
+        names = [name for name in ("critics", "critic", "actor") if hasattr(agent, f"target_{name}")]
+        pairs = [(getattr(agent, name), getattr(agent, f"target_{name}")) for name in names]
         for one, _ in pairs:
             for param in one.parameters():
                 param.data += 1

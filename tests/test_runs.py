@@ -125,7 +125,7 @@ def test_logs_curves(agent, runs):
         assert tags >= {"losses/td_loss", "losses/q_values", "charts/epsilon", "charts/learning_rate"}
     if agent.startswith(("ppo", "pqn", "dqn", "c51")):
         assert "losses/grad_norm" in tags
-    if agent.startswith(("sac", "td3")):
+    if agent.startswith(("sac", "td3", "ddpg")):
         assert tags >= {"losses/q_loss", "losses/q_values", "losses/policy_loss"}
     for tag in tags:
         steps = [point.step for point in events.Scalars(tag)]
