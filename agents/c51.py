@@ -10,11 +10,11 @@
 The network predicts the distribution of the return, as probabilities of evenly spaced atoms, instead of its mean alone.
 
 Differs from the paper in
-- several environments share the replay buffer: after some of their steps follow the updates that these owe, as many as
-  for one environment, in one learning phase;
+- several environments share the replay buffer: their steps alternate with learning phases, in which the updates that
+  these steps owe are made up for, as many as for one environment;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - the reset row that the environments put between two episodes is masked out of the loss;
-- 101 atoms from -100 to 100, as returns are not made of rewards cut to [-1, 1] here;
+- the gradient's norm is cut, rewards are not: hence 101 atoms from -100 to 100 instead of 51 from -10 to 10;
 - the final score is played with the epsilon that training ends with.
 """
 
@@ -51,7 +51,7 @@ class Args:
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:N
     mode: Literal["auto", "eager", "compile", "cudagraphs", "compile-cudagraphs"] = "auto"  # how the functions are run
     eval_episodes: int = 20  # whole games played after training for the final score; 0 leaves the evaluation out
-    eval_greedy: bool = False  # play these games by the most likely action instead of a sampled one
+    eval_greedy: bool = False  # score and film games by the most likely action instead of a sampled one
     run_dir: str | None = None  # folder for all that the run leaves behind; None makes one below runs/
     checkpoint_minutes: float = 5.0  # minutes between two checkpoints; one is written before training, one after it
     checkpoint_buffer: Literal["auto", "always", "never"] = "auto"  # save the replay buffer, too; auto: up to 1 GiB
@@ -67,7 +67,7 @@ class Args:
     # ---- Algorithm ----
     buffer_size: int = 10_000  # transitions that the replay buffer holds
     learning_starts: int = 10_000  # environment steps before the first update
-    train_frequency: int = 10  # environment steps, counted over all environments, that one update follows
+    train_frequency: int = 10  # environment steps, over all environments, for each update
     batch_size: int = 128  # transitions of one update
     learning_rate: float = 2.5e-4  # Adam's learning rate at the start
     anneal_lr: bool = False  # lower the learning rate linearly to zero over the run
@@ -79,7 +79,7 @@ class Args:
     v_max: float = 100.0  # the return of the last atom
     start_e: float = 1.0  # probability of a random action at the start
     end_e: float = 0.05  # probability of a random action from the end of exploration on, and in the evaluation
-    exploration_fraction: float = 0.5  # part of the run over which it falls linearly from start_e to end_e
+    exploration_fraction: float = 0.5  # part of the run over which epsilon falls linearly from start_e to end_e
     max_grad_norm: float = 10.0  # largest norm of the gradient
 
     # ---- Speed ----
@@ -113,9 +113,10 @@ class Args:
                              f"--total-timesteps {self.total_timesteps}")  # fmt: skip
         if self.resume and (self.evaluate or self.run_dir):
             raise ValueError("--resume goes on in its own folder: leave out --run-dir and --evaluate")
-        if self.evaluate:  # takes what this machine has
-            return
         devices = ["auto", "cpu", *["cuda"][:gpus], *(f"cuda:{n}" for n in range(gpus))]
+        if self.evaluate:  # takes what this machine has
+            self.device = self.device if self.device in devices else "auto"
+            return
         if self.device not in devices:
             raise ValueError(f"--device {self.device}: must be one of {', '.join(devices)} on this machine")
         if "cudagraphs" in self.mode and (self.device == "cpu" or not gpus):
@@ -217,7 +218,7 @@ class Rollout:
     """The data of one iteration, allocated once and only ever written in place: CUDA graphs know its addresses.
 
     `outcomes` are rewards, terminations and dones: what the last actions led to, as obs are. numpy and envpool touch
-    `host_*`, which is pinned memory where the device is a GPU. The noise has a row for each step or each update.
+    `host_*`, which is pinned memory where the device is a GPU. Noise has a row for each step or sampled transition.
     """
 
     def __init__(self, args: Args, envs, device: torch.device):
@@ -266,14 +267,12 @@ class Replay(nn.Module):
         terminations, next_obs, and valid, which is 1 in transitions that count and 0 in others.
         """
         number = random % (self.complete.clamp(min=1) * self.num_envs)
-        env, row = number % self.num_envs, (self.row - 1 - number // self.num_envs) % self.num_rows
-
-        def take(ring, row):
-            return ring.flatten(0, 1).index_select(0, row * self.num_envs + env)
-
-        after = (row + 1) % self.num_rows
-        result = [take(self.obs, row), take(self.actions, row), take(self.rewards, after)]
-        return result + [take(self.terminations, after), take(self.obs, after), 1 - take(self.dones, row)]
+        env, row = number % self.num_envs, self.row - 1 - number // self.num_envs
+        here, after = (x % self.num_rows * self.num_envs + env for x in (row, row + 1))
+        parts = [(self.obs, here), (self.actions, here), (self.rewards, after), (self.terminations, after)]
+        parts += [(self.obs, after), (self.dones, here)]
+        *batch, dones = (ring.flatten(0, 1).index_select(0, places) for ring, places in parts)
+        return [*batch, 1 - dones]
 
 
 def draw_noise(rollout: Rollout, generator: torch.Generator) -> None:
@@ -294,17 +293,16 @@ def act(policy, replay: Replay, rollout: Rollout, t: int) -> None:
 
 
 def project(probs, returns, atoms):
-    """Probabilities [batch, num_atoms] of `atoms` [num_atoms] in place of probs [batch, num_atoms] of `returns`, alike.
+    """A distribution on atoms [num_atoms] from one of probs [batch, num_atoms] on returns [batch, num_atoms].
 
-    Each is shared out between the two atoms next to its return (Bellemare et al. 2017, equation 7).
+    Each probability is shared out between the two atoms next to its return (Bellemare et al. 2017, equation 7).
     """
     distance = (returns.clamp(atoms[0], atoms[-1])[:, None] - atoms[:, None]).abs() / (atoms[1] - atoms[0])
     return ((1 - distance).clamp(min=0) * probs[:, None]).sum(-1)
 
 
 def c51_loss(agent: Agent, args: Args, obs, actions, rewards, terminations, next_obs, valid):
-    """The cross-entropy of the distributions at obs and actions against one-step targets, over a minibatch, and numbers
-    to log (Bellemare et al. 2017, algorithm 1).
+    """The cross-entropy loss (Bellemare et al. 2017, algorithm 1) on a minibatch, and numbers to log.
 
     Every argument is [batch_size, ...]; `valid` is 1 in transitions that count and 0 in others.
     """
@@ -362,7 +360,7 @@ def update(agent: Agent, optimizer, replay: Replay, rollout: Rollout, args: Args
 
 @torch.no_grad()
 def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=(), frames=None) -> list[float]:
-    """True returns of one whole game in each environment, epsilon-greedy or greedy; fewer after a `stop`.
+    """True returns of one whole game in each environment, epsilon-greedy or greedy; none after a `stop`.
 
     `frames`, a list, gets the first 1,000 pictures of the first environment, as PIL images.
     """
@@ -380,7 +378,7 @@ def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=
         obs, rewards, terminations, truncations, _ = envs.step(actions)
         returns += rewards * playing
         playing &= ~(terminations | truncations)
-    return returns[~playing].tolist()
+    return [] if stop else returns.tolist()
 
 
 # ---- speed: every mode runs the functions above ----------------------------------------------------------------------
@@ -508,11 +506,11 @@ def main(args: Args, stop=()) -> dict:
     network |= {"num_atoms": args.num_atoms, "v_min": args.v_min, "v_max": args.v_max}
     agent, generator = Agent(**network).to(device), torch.Generator(device).manual_seed(args.seed)
     lr = torch.tensor(args.learning_rate, device=device)  # a tensor, so that graphs see it change
-    eps = 0.01 / args.batch_size
-    optimizer = torch.optim.Adam(agent.q_network.parameters(), lr, eps=eps, fused=True, capturable=cuda)
+    adam = {"lr": lr, "eps": 0.01 / args.batch_size, "fused": True, "capturable": cuda}  # epsilon as in the paper
+    optimizer = torch.optim.Adam(agent.q_network.parameters(), **adam)
     if source:
         with explained(f"--resume or --evaluate: {source}/checkpoint.pt is not of this agent in this environment"):
-            agent.load_state_dict(saved["agent"])
+            agent.load_state_dict(saved["agent"] | {"atoms": agent.atoms})  # of the flags, which may be new
             optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
             lr = optimizer.param_groups[0]["lr"]
             if saved["device"] == device.type:

@@ -8,8 +8,8 @@
     python agents/dqn_atari.py --env-id Pong-v5 --seed 1
 
 Differs from the paper in
-- several environments share the replay buffer: after some of their steps follow the updates that these owe, as many as
-  for one environment, in one learning phase;
+- several environments share the replay buffer: their steps alternate with learning phases, in which the updates that
+  these steps owe are made up for, as many as for one environment;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - the reset row that the environments put between two episodes is masked out of the loss;
 - Adam on the squared error, the norm of its gradient cut, instead of RMSProp on an error that is cut itself;
@@ -51,7 +51,7 @@ class Args:
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:N
     mode: Literal["auto", "eager", "compile", "cudagraphs", "compile-cudagraphs"] = "auto"  # how the functions are run
     eval_episodes: int = 10  # whole games played after training for the final score; 0 leaves the evaluation out
-    eval_greedy: bool = False  # play these games by the most likely action instead of a sampled one
+    eval_greedy: bool = False  # score and film games by the most likely action instead of a sampled one
     run_dir: str | None = None  # folder for all that the run leaves behind; None makes one below runs/
     checkpoint_minutes: float = 5.0  # minutes between two checkpoints; one is written before training, one after it
     checkpoint_buffer: Literal["auto", "always", "never"] = "auto"  # save the replay buffer, too; auto: up to 1 GiB
@@ -72,7 +72,7 @@ class Args:
     # ---- Algorithm ----
     buffer_size: int = 1_000_000  # transitions that the replay buffer holds
     learning_starts: int = 80_000  # environment steps before the first update
-    train_frequency: int = 4  # environment steps, counted over all environments, that one update follows
+    train_frequency: int = 4  # environment steps, over all environments, for each update
     batch_size: int = 32  # transitions of one update
     learning_rate: float = 1e-4  # Adam's learning rate at the start
     anneal_lr: bool = False  # lower the learning rate linearly to zero over the run
@@ -81,7 +81,7 @@ class Args:
     tau: float = 1.0  # how far an update of a target network moves it towards the network: 1 makes it a copy
     start_e: float = 1.0  # probability of a random action at the start
     end_e: float = 0.01  # probability of a random action from the end of exploration on, and in the evaluation
-    exploration_fraction: float = 0.1  # part of the run over which it falls linearly from start_e to end_e
+    exploration_fraction: float = 0.1  # part of the run over which epsilon falls linearly from start_e to end_e
     max_grad_norm: float = 10.0  # largest norm of the gradient
 
     # ---- Speed ----
@@ -112,9 +112,10 @@ class Args:
                              f"--total-timesteps {self.total_timesteps}")  # fmt: skip
         if self.resume and (self.evaluate or self.run_dir):
             raise ValueError("--resume goes on in its own folder: leave out --run-dir and --evaluate")
-        if self.evaluate:  # takes what this machine has
-            return
         devices = ["auto", "cpu", *["cuda"][:gpus], *(f"cuda:{n}" for n in range(gpus))]
+        if self.evaluate:  # takes what this machine has
+            self.device = self.device if self.device in devices else "auto"
+            return
         if self.device not in devices:
             raise ValueError(f"--device {self.device}: must be one of {', '.join(devices)} on this machine")
         if "cudagraphs" in self.mode and (self.device == "cpu" or not gpus):
@@ -380,7 +381,7 @@ def update(agent: Agent, optimizer, replay: FrameReplay, rollout: Rollout, args:
 
 @torch.no_grad()
 def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=(), frames=None) -> list[float]:
-    """True returns of one whole game in each environment, epsilon-greedy or greedy; fewer after a `stop`.
+    """True returns of one whole game in each environment, epsilon-greedy or greedy; none after a `stop`.
 
     `frames`, a list, gets the first 1,000 pictures of the first environment, as PIL images.
     """
@@ -399,7 +400,7 @@ def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=
         rewards, overs = true_game(*results)
         returns += rewards * playing
         playing &= ~overs
-    return returns[~playing].tolist()
+    return [] if stop else returns.tolist()
 
 
 # ---- speed: every mode runs the functions above ----------------------------------------------------------------------

@@ -16,7 +16,7 @@ remembers the others: `diff agents/ppo_atari.py agents/ppo_atari_lstm.py` is wha
 - Environments start anew after --resume, and so do their states.
 
 The other defaults are the paper's Atari settings. Differs from the paper in
-- the value loss is clipped, weights start orthogonal, Adam's epsilon is 1e-5: as in the authors' published code;
+- clipped value loss and gradient, normalised advantages, orthogonal weights, Adam's epsilon 1e-5: the authors' code;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - the reset row that the environments put between two episodes is masked out of every loss;
 - returns, logged and evaluated, are those of whole games, unclipped, however rewards and lives train the agent.
@@ -56,7 +56,7 @@ class Args:
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:N
     mode: Literal["auto", "eager", "compile", "cudagraphs", "compile-cudagraphs"] = "auto"  # how the functions are run
     eval_episodes: int = 10  # whole games played after training for the final score; 0 leaves the evaluation out
-    eval_greedy: bool = False  # play these games by the most likely action instead of a sampled one
+    eval_greedy: bool = False  # score and film games by the most likely action instead of a sampled one
     run_dir: str | None = None  # folder for all that the run leaves behind; None makes one below runs/
     checkpoint_minutes: float = 5.0  # minutes between two checkpoints; one is written before training, one after it
     resume: str | None = None  # go on with the run in this folder, under its settings unless other flags say otherwise
@@ -109,9 +109,10 @@ class Args:
                              f"{self.total_timesteps}")  # fmt: skip
         if self.resume and (self.evaluate or self.run_dir):
             raise ValueError("--resume goes on in its own folder: leave out --run-dir and --evaluate")
-        if self.evaluate:  # takes what this machine has
-            return
         devices = ["auto", "cpu", *["cuda"][:gpus], *(f"cuda:{n}" for n in range(gpus))]
+        if self.evaluate:  # takes what this machine has
+            self.device = self.device if self.device in devices else "auto"
+            return
         if self.device not in devices:
             raise ValueError(f"--device {self.device}: must be one of {', '.join(devices)} on this machine")
         if "cudagraphs" in self.mode and (self.device == "cpu" or not gpus):
@@ -399,7 +400,7 @@ def update(agent: Agent, optimizer, rollout: Rollout, args: Args, remember=remem
 
 @torch.no_grad()
 def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=(), frames=None) -> list[float]:
-    """True returns of one whole game in each environment, by sampled or most likely actions; fewer after a `stop`.
+    """True returns of one whole game in each environment, by sampled or most likely actions; none after a `stop`.
 
     `frames`, a list, gets the first 1,000 pictures of the first environment, as PIL images.
     """
@@ -421,7 +422,7 @@ def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=
         dones = terminations | truncations
         returns += rewards * playing
         playing &= ~overs
-    return returns[~playing].tolist()
+    return [] if stop else returns.tolist()
 
 
 # ---- speed: every mode runs the functions above ----------------------------------------------------------------------
@@ -575,7 +576,7 @@ def main(args: Args, stop=()) -> dict:
         state |= {"generator": generator.get_state(), "device": device.type, "learning_rate": lr.item()}
         state |= {"global_step": global_step, "wall_seconds": time.perf_counter() - started}
         torch.save(state, content := io.BytesIO())
-        write_file(run_dir / "checkpoint.pt", content.getvalue())
+        write_file(run_dir / "checkpoint.pt", content.getbuffer())
 
     start = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{args.env_id}__{agent_name}__{args.seed}__{start}")

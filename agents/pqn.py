@@ -48,7 +48,7 @@ class Args:
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:N
     mode: Literal["auto", "eager", "compile", "cudagraphs", "compile-cudagraphs"] = "auto"  # how the functions are run
     eval_episodes: int = 20  # whole games played after training for the final score; 0 leaves the evaluation out
-    eval_greedy: bool = False  # play these games by the most likely action instead of a sampled one
+    eval_greedy: bool = False  # score and film games by the most likely action instead of a sampled one
     run_dir: str | None = None  # folder for all that the run leaves behind; None makes one below runs/
     checkpoint_minutes: float = 5.0  # minutes between two checkpoints; one is written before training, one after it
     resume: str | None = None  # go on with the run in this folder, under its settings unless other flags say otherwise
@@ -70,7 +70,7 @@ class Args:
     update_epochs: int = 4  # passes over the rollout in one learning phase
     start_e: float = 1.0  # probability of a random action at the start
     end_e: float = 0.05  # probability of a random action from the end of exploration on, and in the evaluation
-    exploration_fraction: float = 0.3  # part of the run over which it falls linearly from start_e to end_e
+    exploration_fraction: float = 0.3  # part of the run over which epsilon falls linearly from start_e to end_e
     max_grad_norm: float = 10.0  # largest norm of the gradient
 
     # ---- Speed ----
@@ -92,9 +92,10 @@ class Args:
                              f"{self.num_minibatches}, at most --total-timesteps {self.total_timesteps}")  # fmt: skip
         if self.resume and (self.evaluate or self.run_dir):
             raise ValueError("--resume goes on in its own folder: leave out --run-dir and --evaluate")
-        if self.evaluate:  # takes what this machine has
-            return
         devices = ["auto", "cpu", *["cuda"][:gpus], *(f"cuda:{n}" for n in range(gpus))]
+        if self.evaluate:  # takes what this machine has
+            self.device = self.device if self.device in devices else "auto"
+            return
         if self.device not in devices:
             raise ValueError(f"--device {self.device}: must be one of {', '.join(devices)} on this machine")
         if "cudagraphs" in self.mode and (self.device == "cpu" or not gpus):
@@ -288,7 +289,7 @@ def update(agent: Agent, optimizer, rollout: Rollout, args: Args, gradients=grad
 
 @torch.no_grad()
 def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=(), frames=None) -> list[float]:
-    """True returns of one whole game in each environment, epsilon-greedy or greedy; fewer after a `stop`.
+    """True returns of one whole game in each environment, epsilon-greedy or greedy; none after a `stop`.
 
     `frames`, a list, gets the first 1,000 pictures of the first environment, as PIL images.
     """
@@ -306,7 +307,7 @@ def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=
         obs, rewards, terminations, truncations, _ = envs.step(actions)
         returns += rewards * playing
         playing &= ~(terminations | truncations)
-    return returns[~playing].tolist()
+    return [] if stop else returns.tolist()
 
 
 # ---- speed: every mode runs the functions above ----------------------------------------------------------------------
@@ -459,7 +460,7 @@ def main(args: Args, stop=()) -> dict:
         state |= {"generator": generator.get_state(), "device": device.type, "learning_rate": lr.item()}
         state |= {"global_step": global_step, "wall_seconds": time.perf_counter() - started}
         torch.save(state, content := io.BytesIO())
-        write_file(run_dir / "checkpoint.pt", content.getvalue())
+        write_file(run_dir / "checkpoint.pt", content.getbuffer())
 
     start = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{args.env_id}__{agent_name}__{args.seed}__{start}")

@@ -9,7 +9,7 @@
 
 PPO, whose updates move the mean of each action by uniform noise: the policy stays wide, and goes on exploring.
 Differs from the paper in
-- the value loss is clipped, weights start orthogonal, Adam's epsilon is 1e-5: as in the authors' published code;
+- clipped value loss and gradient, normalised advantages, orthogonal weights, Adam's epsilon 1e-5: the authors' code;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - the reset row that the environments put between two episodes is masked out of every loss;
 - observations are normalised and rewards scaled by running statistics, which change between rollouts, never within;
@@ -50,7 +50,7 @@ class Args:
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:N
     mode: Literal["auto", "eager", "compile", "cudagraphs", "compile-cudagraphs"] = "auto"  # how the functions are run
     eval_episodes: int = 20  # whole games played after training for the final score; 0 leaves the evaluation out
-    eval_greedy: bool = False  # play these games by the most likely action instead of a sampled one
+    eval_greedy: bool = False  # score and film games by the most likely action instead of a sampled one
     run_dir: str | None = None  # folder for all that the run leaves behind; None makes one below runs/
     checkpoint_minutes: float = 5.0  # minutes between two checkpoints; one is written before training, one after it
     resume: str | None = None  # go on with the run in this folder, under its settings unless other flags say otherwise
@@ -76,7 +76,7 @@ class Args:
     ent_coef: float = 0.0  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # largest norm of the gradient
-    rpo_alpha: float = 0.5  # largest move of an action's mean in an update; 0 is PPO
+    rpo_alpha: float = 0.5  # the loss shifts every action's mean at random by up to this much; 0 is PPO
 
     # ---- Speed ----
     torch_threads: int = 1  # CPU threads of torch; networks this small lose more to handing out work than they gain
@@ -96,9 +96,10 @@ class Args:
                              f"{self.num_minibatches}, at most --total-timesteps {self.total_timesteps}")  # fmt: skip
         if self.resume and (self.evaluate or self.run_dir):
             raise ValueError("--resume goes on in its own folder: leave out --run-dir and --evaluate")
-        if self.evaluate:  # takes what this machine has
-            return
         devices = ["auto", "cpu", *["cuda"][:gpus], *(f"cuda:{n}" for n in range(gpus))]
+        if self.evaluate:  # takes what this machine has
+            self.device = self.device if self.device in devices else "auto"
+            return
         if self.device not in devices:
             raise ValueError(f"--device {self.device}: must be one of {', '.join(devices)} on this machine")
         if "cudagraphs" in self.mode and (self.device == "cpu" or not gpus):
@@ -402,20 +403,20 @@ def update(agent: Agent, optimizer, rollout: Rollout, args: Args, gradients=grad
 
     params, logged = list(agent.parameters()), []
     for permutation, shifts in zip(rollout.permutations, rollout.shifts):
-        shifted = actions - args.rpo_alpha * shifts  # the densities of these are those of actions where the means move
+        shifted = actions - args.rpo_alpha * shifts  # p(action | mean + shift) = p(action - shift | mean)
         for rows in permutation.chunk(args.num_minibatches):
             minibatch = (x[rows] for x in (obs, shifted, logprobs, b_values, advantages, valid))
             grads, metrics = gradients(ppo_loss, params, agent, args, *minibatch)
             metrics["grad_norm"] = step_optimizer(optimizer, params, grads, args.max_grad_norm)
             logged.append(metrics)
-    # only now: with the statistics that its actions were chosen by, every ratio of this rollout started at one
+    # only now: until here, the statistics were those that the actions of this rollout were chosen by
     agent.obs_moments.update(obs, valid)
     return {name: torch.stack([metrics[name] for metrics in logged]).mean() for name in logged[0]}
 
 
 @torch.no_grad()
 def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=(), frames=None) -> list[float]:
-    """True returns of one whole game in each environment, by sampled actions or their means; fewer after a `stop`.
+    """True returns of one whole game in each environment, by sampled actions or their means; none after a `stop`.
 
     `frames`, a list, gets the first 1,000 pictures of the first environment, as PIL images.
     """
@@ -432,7 +433,7 @@ def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=
         obs, rewards, terminations, truncations, _ = envs.step(actions)
         returns += rewards * playing
         playing &= ~(terminations | truncations)
-    return returns[~playing].tolist()
+    return [] if stop else returns.tolist()
 
 
 # ---- speed: every mode runs the functions above ----------------------------------------------------------------------
@@ -525,10 +526,10 @@ def final_score(args: Args, agent: Agent, device: torch.device, run_dir: Path, s
         envs = make_envs(args, 1, env_seed(args, "film"), render_mode="rgb_array")
         evaluate(agent, envs, generator, args.eval_greedy, stop, frames := [])
         frames[0].save(run_dir / "episode.gif", save_all=True, append_images=frames[1:], duration=50, loop=0)
-    sampled, greedy = (float(np.mean(x)) if x else None for x in returns.values())
-    mean, scores = greedy if args.eval_greedy else sampled, returns[args.eval_greedy]
-    summary = {"eval_return_mean": mean, "eval_return_std": float(np.std(scores)) if scores else None}
-    summary |= {"eval_sampled_return_mean": sampled, "eval_greedy_return_mean": greedy}
+    mean = {greedy: float(np.mean(x)) if x else None for greedy, x in returns.items()}
+    scores, summary = returns[args.eval_greedy], {"eval_return_mean": mean[args.eval_greedy]}
+    summary |= {"eval_return_std": float(np.std(scores)) if scores else None}
+    summary |= {"eval_sampled_return_mean": mean[False], "eval_greedy_return_mean": mean[True]}
     return summary | {"eval_episodes": len(scores), "eval_returns": scores}
 
 
@@ -588,7 +589,7 @@ def main(args: Args, stop=()) -> dict:
         state |= {"generator": generator.get_state(), "device": device.type, "learning_rate": lr.item()}
         state |= {"global_step": global_step, "wall_seconds": time.perf_counter() - started}
         torch.save(state, content := io.BytesIO())
-        write_file(run_dir / "checkpoint.pt", content.getvalue())
+        write_file(run_dir / "checkpoint.pt", content.getbuffer())
 
     start = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{args.env_id}__{agent_name}__{args.seed}__{start}")

@@ -50,7 +50,7 @@ class Args:
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:N
     mode: Literal["auto", "eager", "compile", "cudagraphs", "compile-cudagraphs"] = "auto"  # how the functions are run
     eval_episodes: int = 20  # whole games played after training for the final score; 0 leaves the evaluation out
-    eval_greedy: bool = False  # play these games by the most likely action instead of a sampled one
+    eval_greedy: bool = False  # score and film games by the most likely action instead of a sampled one
     run_dir: str | None = None  # folder for all that the run leaves behind; None makes one below runs/
     checkpoint_minutes: float = 5.0  # minutes between two checkpoints; one is written before training, one after it
     checkpoint_buffer: Literal["auto", "always", "never"] = "auto"  # save the replay buffer, too; auto: up to 1 GiB
@@ -73,7 +73,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # how far an update of a target network moves it towards the network: 1 makes it a copy
     autotune: bool = True  # find the temperature alpha that keeps the policy's entropy at -action_dim
-    alpha: float = 0.2  # the temperature, the weight of the entropy, where it is not found
+    alpha: float = 0.2  # the temperature, the weight of the entropy, under --no-autotune
 
     # ---- Speed ----
     torch_threads: int = 0  # CPU threads of torch; 0 leaves the number to torch
@@ -91,7 +91,8 @@ class Args:
             if type(value) in (int, float) and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
         ratio = Fraction(self.utd).limit_denominator(100)
-        self.num_steps = (self.num_envs * ratio).denominator  # the fewest that owe a whole number of updates
+        # steps of every environment in one iteration: the fewest that owe a whole number of updates
+        self.num_steps = (self.num_envs * ratio).denominator
         self.iteration_steps = self.num_envs * self.num_steps
         self.num_updates = int(self.iteration_steps * ratio)
         if self.iteration_steps > self.total_timesteps or self.learning_starts >= self.total_timesteps:
@@ -100,9 +101,10 @@ class Args:
                              "must come before its end")  # fmt: skip
         if self.resume and (self.evaluate or self.run_dir):
             raise ValueError("--resume goes on in its own folder: leave out --run-dir and --evaluate")
-        if self.evaluate:  # takes what this machine has
-            return
         devices = ["auto", "cpu", *["cuda"][:gpus], *(f"cuda:{n}" for n in range(gpus))]
+        if self.evaluate:  # takes what this machine has
+            self.device = self.device if self.device in devices else "auto"
+            return
         if self.device not in devices:
             raise ValueError(f"--device {self.device}: must be one of {', '.join(devices)} on this machine")
         if "cudagraphs" in self.mode and (self.device == "cpu" or not gpus):
@@ -270,7 +272,7 @@ class Rollout:
     """The data of one iteration, allocated once and only ever written in place: CUDA graphs know its addresses.
 
     `outcomes` are rewards, terminations and dones: what the last actions led to, as obs are. numpy and envpool touch
-    `host_*`, which is pinned memory where the device is a GPU. The noise has a row for each step or each update.
+    `host_*`, which is pinned memory where the device is a GPU. Noise has a row for each step or sampled transition.
     """
 
     def __init__(self, args: Args, envs, device: torch.device):
@@ -322,14 +324,12 @@ class Replay(nn.Module):
         terminations, next_obs, and valid, which is 1 in transitions that count and 0 in others.
         """
         number = random % (self.complete.clamp(min=1) * self.num_envs)
-        env, row = number % self.num_envs, (self.row - 1 - number // self.num_envs) % self.num_rows
-
-        def take(ring, row):
-            return ring.flatten(0, 1).index_select(0, row * self.num_envs + env)
-
-        after = (row + 1) % self.num_rows
-        result = [take(self.obs, row), take(self.actions, row), take(self.rewards, after)]
-        return result + [take(self.terminations, after), take(self.obs, after), 1 - take(self.dones, row)]
+        env, row = number % self.num_envs, self.row - 1 - number // self.num_envs
+        here, after = (x % self.num_rows * self.num_envs + env for x in (row, row + 1))
+        parts = [(self.obs, here), (self.actions, here), (self.rewards, after), (self.terminations, after)]
+        parts += [(self.obs, after), (self.dones, here)]
+        *batch, dones = (ring.flatten(0, 1).index_select(0, places) for ring, places in parts)
+        return [*batch, 1 - dones]
 
 
 def draw_noise(rollout: Rollout, generator: torch.Generator) -> None:
@@ -399,7 +399,7 @@ def update(agent: Agent, optimizers, replay: Replay, rollout: Rollout, args: Arg
     targets = list(agent.target_critics.parameters())
     policy_params += [agent.log_alpha] if args.autotune else []
     q_optimizer, policy_optimizer = optimizers
-    draws, logged = [*replay.sample(rollout.random), *rollout.update_noise], []  # fast: transitions of all updates
+    draws, logged = [*replay.sample(rollout.random), *rollout.update_noise], []  # fast: for all updates at once
     for *batch, q_noise, policy_noise in zip(*(x.split(args.batch_size) for x in draws)):
         grads, metrics = gradients(sac_critic_loss, q_params, agent, args, *batch, q_noise)
         for param, grad in zip(q_params, grads):
@@ -420,7 +420,7 @@ def update(agent: Agent, optimizers, replay: Replay, rollout: Rollout, args: Arg
 
 @torch.no_grad()
 def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=(), frames=None) -> list[float]:
-    """True returns of one whole game in each environment, by sampled or mean actions; fewer after a `stop`.
+    """True returns of one whole game in each environment, by sampled or mean actions; none after a `stop`.
 
     `frames`, a list, gets the first 1,000 pictures of the first environment, as PIL images.
     """
@@ -431,14 +431,13 @@ def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=
     while playing.any() and not stop:
         if frames is not None and len(frames) < 1000:
             frames.append(Image.fromarray(envs.render()[0]))
-        noise = torch.zeros(envs.num_envs, len(agent.low), device=generator.device)
-        noise = noise if greedy else noise.normal_(generator=generator)
-        actions = agent.act(torch.as_tensor(obs, device=generator.device), noise)
+        noise = torch.randn(envs.num_envs, len(agent.low), generator=generator, device=generator.device)
+        actions = agent.act(torch.as_tensor(obs, device=generator.device), noise * (not greedy))
         actions = actions.cpu().numpy().astype(envs.single_action_space.dtype)
         obs, rewards, terminations, truncations, _ = envs.step(actions)
         returns += rewards * playing
         playing &= ~(terminations | truncations)
-    return returns[~playing].tolist()
+    return [] if stop else returns.tolist()
 
 
 # ---- speed: every mode runs the functions above ----------------------------------------------------------------------
@@ -531,10 +530,10 @@ def final_score(args: Args, agent: Agent, device: torch.device, run_dir: Path, s
         envs = make_envs(args, 1, env_seed(args, "film"), render_mode="rgb_array")
         evaluate(agent, envs, generator, args.eval_greedy, stop, frames := [])
         frames[0].save(run_dir / "episode.gif", save_all=True, append_images=frames[1:], duration=50, loop=0)
-    sampled, greedy = (float(np.mean(x)) if x else None for x in returns.values())
-    mean, scores = greedy if args.eval_greedy else sampled, returns[args.eval_greedy]
-    summary = {"eval_return_mean": mean, "eval_return_std": float(np.std(scores)) if scores else None}
-    summary |= {"eval_sampled_return_mean": sampled, "eval_greedy_return_mean": greedy}
+    mean = {greedy: float(np.mean(x)) if x else None for greedy, x in returns.items()}
+    scores, summary = returns[args.eval_greedy], {"eval_return_mean": mean[args.eval_greedy]}
+    summary |= {"eval_return_std": float(np.std(scores)) if scores else None}
+    summary |= {"eval_sampled_return_mean": mean[False], "eval_greedy_return_mean": mean[True]}
     return summary | {"eval_episodes": len(scores), "eval_returns": scores}
 
 

@@ -92,7 +92,7 @@ class Args:
             if type(value) in (int, float) and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
         ratio = Fraction(self.utd).limit_denominator(100)
-        # the fewest that owe a whole number of the policy's updates
+        # steps of every environment in one iteration: the fewest that owe a whole number of the policy's updates
         self.num_steps = (self.num_envs * ratio / self.policy_frequency).denominator
         self.iteration_steps = self.num_envs * self.num_steps
         self.num_updates = int(self.iteration_steps * ratio)
@@ -102,9 +102,10 @@ class Args:
                              "must come before its end")  # fmt: skip
         if self.resume and (self.evaluate or self.run_dir):
             raise ValueError("--resume goes on in its own folder: leave out --run-dir and --evaluate")
-        if self.evaluate:  # takes what this machine has
-            return
         devices = ["auto", "cpu", *["cuda"][:gpus], *(f"cuda:{n}" for n in range(gpus))]
+        if self.evaluate:  # takes what this machine has
+            self.device = self.device if self.device in devices else "auto"
+            return
         if self.device not in devices:
             raise ValueError(f"--device {self.device}: must be one of {', '.join(devices)} on this machine")
         if "cudagraphs" in self.mode and (self.device == "cpu" or not gpus):
@@ -261,7 +262,7 @@ class Rollout:
     """The data of one iteration, allocated once and only ever written in place: CUDA graphs know its addresses.
 
     `outcomes` are rewards, terminations and dones: what the last actions led to, as obs are. numpy and envpool touch
-    `host_*`, which is pinned memory where the device is a GPU. The noise has a row for each step or each update.
+    `host_*`, which is pinned memory where the device is a GPU. Noise has a row for each step or sampled transition.
     """
 
     def __init__(self, args: Args, envs, device: torch.device):
@@ -313,14 +314,12 @@ class Replay(nn.Module):
         terminations, next_obs, and valid, which is 1 in transitions that count and 0 in others.
         """
         number = random % (self.complete.clamp(min=1) * self.num_envs)
-        env, row = number % self.num_envs, (self.row - 1 - number // self.num_envs) % self.num_rows
-
-        def take(ring, row):
-            return ring.flatten(0, 1).index_select(0, row * self.num_envs + env)
-
-        after = (row + 1) % self.num_rows
-        result = [take(self.obs, row), take(self.actions, row), take(self.rewards, after)]
-        return result + [take(self.terminations, after), take(self.obs, after), 1 - take(self.dones, row)]
+        env, row = number % self.num_envs, self.row - 1 - number // self.num_envs
+        here, after = (x % self.num_rows * self.num_envs + env for x in (row, row + 1))
+        parts = [(self.obs, here), (self.actions, here), (self.rewards, after), (self.terminations, after)]
+        parts += [(self.obs, after), (self.dones, here)]
+        *batch, dones = (ring.flatten(0, 1).index_select(0, places) for ring, places in parts)
+        return [*batch, 1 - dones]
 
 
 def draw_noise(rollout: Rollout, generator: torch.Generator) -> None:
@@ -387,7 +386,7 @@ def update(agent: Agent, optimizers, replay: Replay, rollout: Rollout, args: Arg
     q_params, policy_params = list(agent.critics.parameters()), list(agent.actor.parameters())
     targets = [*agent.target_critics.parameters(), *agent.target_actor.parameters()]
     q_optimizer, policy_optimizer = optimizers
-    draws, logged = [*replay.sample(rollout.random), rollout.update_noise], []  # fast: transitions of all updates
+    draws, logged = [*replay.sample(rollout.random), rollout.update_noise], []  # fast: for all updates at once
     for number, (*batch, noise) in enumerate(zip(*(x.split(args.batch_size) for x in draws)), start=1):
         grads, metrics = gradients(td3_critic_loss, q_params, agent, args, *batch, noise)
         for param, grad in zip(q_params, grads):
@@ -403,8 +402,7 @@ def update(agent: Agent, optimizers, replay: Replay, rollout: Rollout, args: Arg
             param.grad = grad
         policy_optimizer.step()
 
-        with torch.no_grad():
-            # fast: target.lerp_(param, tau) for all in one call
+        with torch.no_grad():  # fast: target.lerp_(param, tau) for all in one call
             torch._foreach_lerp_(targets, [*q_params, *policy_params], args.tau)
         metrics |= policy_metrics
     return {name: torch.stack([metrics[name] for metrics in logged if name in metrics]).mean() for name in logged[-1]}
@@ -412,7 +410,7 @@ def update(agent: Agent, optimizers, replay: Replay, rollout: Rollout, args: Arg
 
 @torch.no_grad()
 def evaluate(agent: Agent, envs, stop=(), frames=None) -> list[float]:
-    """True returns of one whole game in each environment, without the noise of training; fewer after a `stop`.
+    """True returns of one whole game in each environment, without the noise of training; none after a `stop`.
 
     `frames`, a list, gets the first 1,000 pictures of the first environment, as PIL images.
     """
@@ -428,7 +426,7 @@ def evaluate(agent: Agent, envs, stop=(), frames=None) -> list[float]:
         obs, rewards, terminations, truncations, _ = envs.step(actions)
         returns += rewards * playing
         playing &= ~(terminations | truncations)
-    return returns[~playing].tolist()
+    return [] if stop else returns.tolist()
 
 
 # ---- speed: every mode runs the functions above ----------------------------------------------------------------------
