@@ -475,10 +475,7 @@ def final_score(args: Args, agent: Agent, device: torch.device, run_dir: Path, s
 
 
 def main(args: Args, stop=()) -> dict:
-    """Train, evaluate and summarise one agent; returns the content of summary.json. A `stop` that fills up ends it.
-
-    Rank 0 alone writes, logs and evaluates; the others return nothing.
-    """
+    """Train, evaluate and summarise one agent, as rank 0 alone writes and returns it. A `stop` that fills up ends it."""
     from filelock import FileLock  # comes with torch
     from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
