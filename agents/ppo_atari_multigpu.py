@@ -475,7 +475,7 @@ def final_score(args: Args, agent: Agent, device: torch.device, run_dir: Path, s
 
 
 def main(args: Args, stop=()) -> dict:
-    """Train, evaluate and summarise one agent, as rank 0 alone writes and returns it. A `stop` that fills up ends it."""
+    """Train, evaluate and summarise one agent; rank 0 alone writes and returns it. A `stop` that fills up ends it."""
     from filelock import FileLock  # comes with torch
     from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
