@@ -162,13 +162,6 @@ def check_envs(args: Args, envs) -> None:
                         f"and next-step autoreset, as in CartPole-v1; there are {obs}, {actions}, {reset}")  # fmt: skip
 
 
-def layer_init(layer, std=2**0.5):
-    """Orthogonal weights of gain `std`, biases zero."""
-    nn.init.orthogonal_(layer.weight, std)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 def epsilon_greedy(q_values, epsilon):
     """Log-probabilities of actions, [batch, num_actions]: any of them with probability epsilon, else the best one."""
     greedy = torch.zeros_like(q_values).scatter(-1, q_values.argmax(-1, keepdim=True), 1)
@@ -181,9 +174,9 @@ class Agent(nn.Module):
     def __init__(self, obs_shape: tuple[int, ...], num_actions: int):
         super().__init__()
         self.q_network = nn.Sequential(
-            layer_init(nn.Linear(math.prod(obs_shape), 120)), nn.ReLU(),
-            layer_init(nn.Linear(120, 84)), nn.ReLU(),
-            layer_init(nn.Linear(84, num_actions), 1),
+            nn.Linear(math.prod(obs_shape), 120), nn.ReLU(),
+            nn.Linear(120, 84), nn.ReLU(),
+            nn.Linear(84, num_actions),
         )  # fmt: skip
         self.target_network = deepcopy(self.q_network).requires_grad_(False)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))  # of the Q-network, so far
