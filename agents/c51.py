@@ -506,8 +506,8 @@ def main(args: Args, stop=()) -> dict:
     network |= {"num_atoms": args.num_atoms, "v_min": args.v_min, "v_max": args.v_max}
     agent, generator = Agent(**network).to(device), torch.Generator(device).manual_seed(args.seed)
     lr = torch.tensor(args.learning_rate, device=device)  # a tensor, so that graphs see it change
-    adam = {"lr": lr, "eps": 0.01 / args.batch_size, "fused": True, "capturable": cuda}  # epsilon as in the paper
-    optimizer = torch.optim.Adam(agent.q_network.parameters(), **adam)
+    eps = 0.01 / args.batch_size  # as in the paper
+    optimizer = torch.optim.Adam(agent.q_network.parameters(), lr, eps=eps, fused=True, capturable=cuda)
     if source:
         with explained(f"--resume or --evaluate: {source}/checkpoint.pt is not of this agent in this environment"):
             agent.load_state_dict(saved["agent"] | {"atoms": agent.atoms})  # of the flags, which may be new
