@@ -208,18 +208,19 @@ def agents_table(agents: list[dict], learned: list[dict], setups: dict[str, list
 
 def claim(peers: list[dict]) -> str:
     """README's sentence on speed: the ratios over Stable-Baselines3 under equal settings, machine by machine."""
-    faster, equal = {}, []
+    faster, others = {}, []
     for row in results.over_sb3(peers):
         name, env = row["agent"].split("_")[0].upper(), results.base_name(row["peer_settings"]["env_id"])
         if min(row["ratios"]) > 1:
             faster.setdefault(row["machine"], []).append(f"{name} {row['ratio']:.1f} × on {env}")
         else:
-            equal.append(f"{name} on {env} is as fast ({row['ratio']:.1f} ×, {row['machine']})")
+            word = "slower" if max(row["ratios"]) < 1 else "as fast"
+            others.append(f"{name} on {env} is {word} ({row['ratio']:.1f} ×, {row['machine']})")
     if not faster:
         return "No results yet."
     peer = results.over_sb3(peers)[-1]["peer"].replace("stable-baselines3==", "Stable-Baselines3 ")
     text = f"With equal hyperparameters on the same CPU, the agents take more steps a second than {peer}: "
-    text += "; ".join([*(f"on {where}, {', '.join(sorted(words))}" for where, words in faster.items()), *equal])
+    text += "; ".join([*(f"on {where}, {', '.join(sorted(words))}" for where, words in faster.items()), *others])
     text = textwrap.fill(f"{text}. On Atari ours compute in bf16, theirs in fp32.", 120)
     return text + "\n[How it was measured](benchmarks/README.md#peers), [all turns](benchmarks/peers.jsonl)."
 
