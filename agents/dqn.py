@@ -428,6 +428,18 @@ def write_file(path: Path, content: bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
+def check_memory(args: Args, needed: int, device: torch.device) -> None:
+    """Refuse a replay buffer of `needed` bytes where the device has not so many free."""
+    free, meminfo = math.inf, Path("/proc/meminfo")
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif meminfo.exists():  # on Linux; elsewhere an allocation that fails has to do
+        free = 1024 * int(dict(line.split(":") for line in meminfo.open())["MemAvailable"].split()[0])
+    if needed > 0.9 * free:  # the rest is for all else
+        raise UserError(f"--buffer-size {args.buffer_size}: takes {needed / 2**30:.1f} GiB, and {device} has "
+                        f"{free / 2**30:.1f} GiB free")  # fmt: skip
+
+
 def final_score(args: Args, agent: Agent, device: torch.device, run_dir: Path, stop=()) -> dict:
     """Evaluate, film if asked to, and return what the summary says of it."""
     scores, generator = [], torch.Generator(device).manual_seed(args.seed)
@@ -437,7 +449,9 @@ def final_score(args: Args, agent: Agent, device: torch.device, run_dir: Path, s
     if args.video and not stop:
         envs = make_envs(args, 1, env_seed(args, "film"), render_mode="rgb_array")
         evaluate(agent, envs, generator, args.eval_greedy, stop, frames := [])
-        frames[0].save(run_dir / "episode.gif", save_all=True, append_images=frames[1:], duration=50, loop=0)
+        if frames:  # a signal can come before the first
+            frames[0].save(gif := io.BytesIO(), "GIF", save_all=True, append_images=frames[1:], duration=50, loop=0)
+            write_file(run_dir / "episode.gif", gif.getbuffer())
     mean, std = (float(np.mean(scores)), float(np.std(scores))) if scores else (None, None)
     return {"eval_return_mean": mean, "eval_return_std": std, "eval_episodes": len(scores), "eval_returns": scores}
 
@@ -489,11 +503,7 @@ def main(args: Args, stop=()) -> dict:
 
     rollout, refill = Rollout(args, envs, device), 0
     buffer_bytes = sum(x.nbytes for x in Replay(args, rollout, torch.device("meta")).buffers())
-    pages = hasattr(os, "sysconf") and os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # not on Windows
-    memory = torch.cuda.get_device_properties(device).total_memory if cuda else pages or math.inf
-    if buffer_bytes > 0.9 * memory:
-        sizes = f"{buffer_bytes / 2**30:.1f} GiB of the {memory / 2**30:.1f} GiB of {device}"
-        raise UserError(f"--buffer-size {args.buffer_size}: would take {sizes}")
+    check_memory(args, buffer_bytes, device)
     replay, keeps = Replay(args, rollout, device), {"always": math.inf, "auto": 2**30, "never": 0}
     if "replay" in saved:
         with explained(f"{source}/checkpoint.pt: its replay buffer is not of this --buffer-size and --num-envs"):

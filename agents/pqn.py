@@ -398,7 +398,9 @@ def final_score(args: Args, agent: Agent, device: torch.device, run_dir: Path, s
     if args.video and not stop:
         envs = make_envs(args, 1, env_seed(args, "film"), render_mode="rgb_array")
         evaluate(agent, envs, generator, args.eval_greedy, stop, frames := [])
-        frames[0].save(run_dir / "episode.gif", save_all=True, append_images=frames[1:], duration=50, loop=0)
+        if frames:  # a signal can come before the first
+            frames[0].save(gif := io.BytesIO(), "GIF", save_all=True, append_images=frames[1:], duration=50, loop=0)
+            write_file(run_dir / "episode.gif", gif.getbuffer())
     mean, std = (float(np.mean(scores)), float(np.std(scores))) if scores else (None, None)
     return {"eval_return_mean": mean, "eval_return_std": std, "eval_episodes": len(scores), "eval_returns": scores}
 

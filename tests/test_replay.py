@@ -3,6 +3,7 @@ memory and resumption of the agents that have one. A plain list of steps is what
 """
 
 import inspect
+import io
 import math
 import re
 from collections import Counter
@@ -319,12 +320,12 @@ def test_a_buffer_that_does_not_fit_is_refused(module, tmp_path, monkeypatch):
     with pytest.raises(module.UserError, match=f"--buffer-size {2**38}: .*GiB"):
         module.main(tiny_args(module, tmp_path, buffer_size=2**38))
     assert not (tmp_path / "run").exists()
-    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 5}  # 20 kB in all: smaller than the buffer
-    monkeypatch.setattr(module.os, "sysconf", pages.get)
-    with pytest.raises(module.UserError, match="--buffer-size"):
-        module.main(tiny_args(module, tmp_path, buffer_size=20_000))
-    pages["SC_PHYS_PAGES"] = 2**30
-    assert module.main(tiny_args(module, tmp_path, buffer_size=20_000))
+    text = "MemTotal: 9 kB\nMemAvailable:     100000 kB\nBuffers: 1 kB\n"
+    monkeypatch.setattr(module.Path, "open", lambda *_, **__: io.StringIO(text))
+    monkeypatch.setattr(module.Path, "exists", lambda path: True)
+    module.check_memory(module.Args(), 92_000_000, CPU)
+    with pytest.raises(module.UserError):
+        module.check_memory(module.Args(), 93_000_000, CPU)
 
 
 KEEPING = [(*case.values, keep) for case in REPLAYS for keep in ("auto", "never")]
