@@ -393,3 +393,20 @@ def test_a_film_ends_after_a_thousand_pictures(agent, runs):
     given |= {"args": module.Args(), "generator": torch.Generator().manual_seed(1), "greedy": True}
     scores = module.evaluate(**{name: value for name, value in given.items() if name in inputs})
     assert scores == [1100] and len(frames) == envs.pictures == 1000
+
+
+def test_a_stopped_evaluation_has_no_score(tmp_path):
+    """Its first games to end are the short ones: their mean would be too low."""
+    module, stop, ended = agent_named("ppo"), [], []
+    envs = module.make_envs(module.Args(), 16, 3)
+    step = envs.step
+
+    def watched(actions):
+        result = step(actions)
+        ended.extend(np.flatnonzero(result[2] | result[3]))
+        stop.extend([15] if len(ended) >= 4 else [])
+        return result
+
+    envs.step = watched
+    agent, generator = module.Agent((4,), 2), torch.Generator().manual_seed(1)
+    assert module.evaluate(agent, envs, generator, greedy=False, stop=stop) == [] and len(ended) >= 4

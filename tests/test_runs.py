@@ -228,3 +228,11 @@ def test_trains_on_gpu(agent, mode, tmp_path):
     expected = final_json(result)["mode"] if mode == "auto" else mode
     check_run(agent, argv, tmp_path, result, "cuda:0", expected)
     assert expected in ("eager", "compile", "cudagraphs", "compile-cudagraphs")
+
+
+def test_c51_takes_new_bounds_behind_evaluate(runs, cli, monkeypatch):
+    """The atoms are those of the flags, not those that the checkpoint has."""
+    done, module, atoms = runs("c51"), agent_named("c51"), []
+    monkeypatch.setattr(module, "evaluate", lambda agent, *_: atoms.extend(agent.atoms.tolist()) or [1.0])
+    module.main(module.parse_args(["--evaluate", str(done.path), "--v-min", "-7", "--v-max", "9"]))
+    assert (atoms[0], atoms[-1], len(atoms)) == (-7, 9, 101)

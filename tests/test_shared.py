@@ -104,6 +104,14 @@ def test_agents_import_packages_and_nothing_of_ours(path):
 
 
 @pytest.mark.parametrize("module", AGENTS, ids=NAMES)
+def test_evaluate_takes_a_device_that_is_there(module, monkeypatch):
+    """A run of cuda:7 plays on a machine with two GPUs, too."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    devices = {device: module.Args(evaluate="run", device=device).device for device in ("cuda:1", "cuda:7", "cpu")}
+    assert devices == {"cuda:1": "cuda:1", "cuda:7": "auto", "cpu": "cpu"}
+
+
+@pytest.mark.parametrize("module", AGENTS, ids=NAMES)
 def test_auto_needs_no_compiler_on_a_cpu(module, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert module.Args(device="cpu").mode == "auto"
