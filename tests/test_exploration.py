@@ -28,7 +28,7 @@ def check_frequencies(actions, epsilon):
     torch.testing.assert_close(frequencies, expected, rtol=0, atol=0.005 if epsilon else 0)
 
 
-@pytest.mark.parametrize("module", agents_with("update_target"))
+@pytest.mark.parametrize("module", agents_with("update_target", "epsilon_greedy"))
 @pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
 def test_actions_are_random_with_probability_epsilon(module, epsilon):
     """One step of acting in many environments: played and stored are the same actions, with what came before them."""

@@ -131,8 +131,9 @@ def fake_build(module):
     if hasattr(args, "learning_rate"):  # set here, as Adam would look whether it is negative
         optimizers[0].param_groups[0]["lr"] = torch.zeros((), device=device)
     given = {"mode": "eager", "agent": agent, "optimizer": optimizers[0], "optimizers": optimizers, "args": args}
-    given |= {"rollout": module.Rollout(args, envs, device), "device": device}
-    for name in ("Replay", "FrameReplay"):
+    given |= {"envs": envs, "device": device, "noise_size": getattr(agent, "noise_size", 0)}
+    given["rollout"] = chosen(module.Rollout, given)
+    for name in ("Replay", "FrameReplay", "PrioritizedReplay"):
         if hasattr(module, name):
             given["replay"] = chosen(getattr(module, name), given)
     acts, learn = chosen(module.accelerate, given)
@@ -157,6 +158,7 @@ def lasting(it) -> dict:
 def check_steps(module):
     """Run every step of an agent as a GPU would, and hold it to the rules of a capture."""
     _device_constructors()  # `with device` makes its list of them once, and not of the stand-in
+    importlib.import_module("torch._dynamo")  # notes what torch.autograd.grad is, once, and not the stand-in
     zeros, pinned = torch.zeros, []
 
     def noted_zeros(*args, pin_memory=False, **kwargs):

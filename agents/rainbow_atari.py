@@ -1,0 +1,798 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "gymnasium[atari]==1.4.0", "envpool==1.2.5", "numpy==2.4.6", "tyro==1.0.17",
+#                 "tensorboard==2.21.0", "tqdm==4.70.1", "pillow==13.0.0"]
+# ///
+"""Rainbow on Atari, from pixels: six improvements of DQN in one agent. Hessel et al. 2018, arXiv 1710.02298
+
+    python agents/rainbow_atari.py --env-id Pong-v5 --seed 1
+
+Double Q-learning, prioritized replay, dueling streams, n-step returns, the distribution of the return, noisy layers.
+
+Differs from the paper in
+- several environments share the replay buffer: their steps alternate with learning phases, in which the updates that
+  these steps owe are made up for, as many as for one environment;
+- all updates of a learning phase draw by the priorities from before it, and each environment acts by noise of its own;
+- an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
+- no transition begins at the reset row that the environments put between two episodes, and none reaches across it;
+- the norm of the gradient is cut;
+- returns, logged and evaluated, are those of whole games, unclipped, however rewards and lives train the agent.
+"""
+
+import argparse
+import difflib
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import gymnasium
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F  # other packages are imported where they are used: a trained Agent loads without them
+
+
+@dataclass
+class Args:
+    # ---- Run ----
+    seed: int = 1  # seed of the network, the sampling noise and the environments
+    total_timesteps: int = 10_000_000  # environment steps to train for, counted over all environments
+    device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:N
+    mode: Literal["auto", "eager", "compile", "cudagraphs", "compile-cudagraphs"] = "auto"  # how the functions are run
+    eval_episodes: int = 10  # whole games played after training for the final score; 0 leaves the evaluation out
+    eval_greedy: bool = False  # score and film games by the most likely action instead of a sampled one
+    run_dir: str | None = None  # folder for all that the run leaves behind; None makes one below runs/
+    checkpoint_minutes: float = 5.0  # minutes between two checkpoints; one is written before training, one after it
+    checkpoint_buffer: Literal["auto", "always", "never"] = "auto"  # save the replay buffer, too; auto: up to 1 GiB
+    resume: str | None = None  # go on with the run in this folder, under its settings unless other flags say otherwise
+    evaluate: str | None = None  # only evaluate the checkpoint in this run folder, without training
+    video: bool = False  # also play one episode after the evaluation; episode.gif has its first 1,000 steps
+    track: bool = False  # mirror the curves to Weights & Biases (needs the package wandb)
+
+    # ---- Environment ----
+    env_id: str = "Pong-v5"  # name of the environment in envpool
+    num_envs: int = 8  # environments stepped together
+    frame_skip: int = 4  # frames that one action is held for
+    sticky_actions: float = 0.0  # probability that the last action is repeated (Machado et al. 2018 recommend 0.25)
+    full_action_space: bool = False  # use all 18 joystick actions instead of those that the game responds to
+    episodic_life: bool = True  # train with every lost life as the end of an episode
+    clip_reward: bool = True  # train on the sign of the reward
+
+    # ---- Algorithm ----
+    buffer_size: int = 1_000_000  # transitions that the replay buffer holds
+    learning_starts: int = 20_000  # environment steps before the first update
+    train_frequency: int = 4  # environment steps, over all environments, for each update
+    batch_size: int = 32  # transitions of one update
+    learning_rate: float = 6.25e-5  # Adam's learning rate at the start
+    anneal_lr: bool = False  # lower the learning rate linearly to zero over the run
+    gamma: float = 0.99  # discount factor
+    target_network_frequency: int = 8_000  # environment steps, over all environments, between two updates of the target
+    tau: float = 1.0  # how far an update of a target network moves it towards the network: 1 makes it a copy
+    n_step: int = 3  # rewards of one return, before it bootstraps from a value
+    num_atoms: int = 51  # points of the return's distribution
+    v_min: float = -10.0  # the return of the first atom
+    v_max: float = 10.0  # the return of the last atom
+    priority_exponent: float = 0.5  # how much more often transitions of a large loss are drawn: 0 draws all alike
+    importance_exponent: float = 0.4  # how far weights make up for that at the start; it rises linearly to 1
+    max_grad_norm: float = 10.0  # largest norm of the gradient
+
+    # ---- Speed ----
+    torch_threads: int = 0  # CPU threads of torch; 0 leaves the number to torch
+    env_threads: int = 0  # CPU threads of envpool; 0 leaves the number to envpool
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # of the network; auto is bf16 where it is fast
+
+    def __post_init__(self):
+        """Refuse what cannot be meant: tyro prints the sentence of a ValueError and exits with status 2."""
+        gpus = torch.cuda.device_count()
+        may_be_0 = {"seed", "eval_episodes", "learning_starts", "torch_threads", "env_threads"}
+        most = {"buffer_size": 2**40, "train_frequency": 10_000, "torch_threads": 1024, "env_threads": 1024}
+        most |= dict.fromkeys(("sticky_actions", "gamma", "tau", "priority_exponent", "importance_exponent"), 1)
+        most["n_step"] = 100
+        for name, value in vars(self).items():
+            low, high = int(type(value) is int and name not in may_be_0), most.get(name, 2**53)
+            low = -high if name in ("v_min", "v_max") else low
+            if type(value) in (int, float) and not low <= value <= high:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
+        # steps of every environment in one iteration: the fewest that owe a whole number of updates
+        self.num_steps = self.train_frequency // math.gcd(self.num_envs, self.train_frequency)
+        self.iteration_steps = self.num_envs * self.num_steps
+        self.num_updates = self.iteration_steps // self.train_frequency
+        for name in ("total_timesteps", "buffer_size"):
+            if getattr(self, name) < self.iteration_steps:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: less than one iteration, "
+                                 f"{self.num_steps} steps of {self.num_envs} environments")  # fmt: skip
+        if self.v_min >= self.v_max or self.num_atoms < 2:
+            raise ValueError(f"--v-min {self.v_min} --v-max {self.v_max} --num-atoms {self.num_atoms}: needed are two "
+                             "atoms or more, the first one below the last")  # fmt: skip
+        if self.learning_starts >= self.total_timesteps:
+            raise ValueError(f"--learning-starts {self.learning_starts}: must come before the end of the run, "
+                             f"--total-timesteps {self.total_timesteps}")  # fmt: skip
+        if self.resume and (self.evaluate or self.run_dir):
+            raise ValueError("--resume goes on in its own folder: leave out --run-dir and --evaluate")
+        devices = ["auto", "cpu", *["cuda"][:gpus], *(f"cuda:{n}" for n in range(gpus))]
+        if self.evaluate:  # takes what this machine has
+            self.device = self.device if self.device in devices else "auto"
+            return
+        if self.device not in devices:
+            raise ValueError(f"--device {self.device}: must be one of {', '.join(devices)} on this machine")
+        if "cudagraphs" in self.mode and (self.device == "cpu" or not gpus):
+            raise ValueError(f"--mode {self.mode}: CUDA graphs need a CUDA device")
+        if "compile" in self.mode and not shutil.which(os.environ.get("CXX", "g++")):
+            raise ValueError(f"--mode {self.mode}: torch.compile needs a C++ compiler, g++ or what CXX names")
+
+
+class UserError(Exception):
+    """What the user can put right: the program ends with this sentence, without a traceback."""
+
+
+@contextmanager
+def explained(sentence: str):
+    """Turn an error inside into a UserError of this sentence and the error's own text."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{sentence}: {' '.join(str(error).split())[:300]}") from error
+
+
+# ---- environments and network ----------------------------------------------------------------------------------------
+
+
+def make_envs(args: Args, num_envs: int, seed: int, **extra):
+    """A gymnasium vector environment: the last four grey pictures [num_envs, 4, 84, 84] uint8; env i has seed + i.
+
+    It resets by itself, in the step after the end of an episode ("next-step autoreset"): that step ignores its action
+    and returns the first observation of the next episode. The observation of the ending step is the episode's last.
+    After a lost life and in a new game, envpool itself plays up to 30 frames without action and presses FIRE.
+    """
+    import envpool
+
+    if args.env_id not in (ids := envpool.list_all_envs()):
+        near = ", ".join(difflib.get_close_matches(args.env_id, ids, n=3, cutoff=0.4)) or "none"
+        raise UserError(f"--env-id {args.env_id}: envpool has no such environment; nearest: {near}")
+    gymnasium.logger.min_level = gymnasium.logger.ERROR  # no warnings of envpool's float64 bounds
+    with explained(f"--env-id {args.env_id}: not an Atari game such as Pong-v5"):
+        return envpool.make(
+            args.env_id, "gymnasium", num_envs=num_envs, num_threads=min(args.env_threads, num_envs), seed=seed,
+            frame_skip=args.frame_skip, max_episode_steps=108_000 // args.frame_skip,  # half an hour of the game
+            repeat_action_probability=args.sticky_actions, full_action_space=args.full_action_space,
+            episodic_life=args.episodic_life, reward_clip=args.clip_reward, **extra,
+        )  # fmt: skip
+
+
+def check_envs(args: Args, envs) -> None:
+    """Refuse environments that this agent cannot play."""
+    obs, actions, reset = envs.single_observation_space, envs.single_action_space, envs.metadata.get("autoreset_mode")
+    pictures = isinstance(obs, gymnasium.spaces.Box) and obs.shape == (4, 84, 84) and obs.dtype == np.uint8
+    discrete = isinstance(actions, gymnasium.spaces.Discrete) and actions.start == 0
+    if not pictures or not discrete or reset != gymnasium.vector.AutoresetMode.NEXT_STEP:
+        raise UserError(f"--env-id {args.env_id}: this agent needs stacks of four pictures, discrete actions from 0 on "
+                        f"and next-step autoreset, as in Pong-v5; there are {obs}, {actions}, {reset}")  # fmt: skip
+
+
+def true_game(terminations, truncations, infos):
+    """The game's own rewards [num_envs] and whether a game is over [num_envs], however lives and clipping train."""
+    return infos["reward"], (infos["terminated"] != 0) | truncations
+
+
+def layer_init(layer, std=2**0.5):
+    """Orthogonal weights of gain `std`, biases zero."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class NoisyLinear(nn.Module):
+    """A linear layer with noise on its weights, by factors for its inputs and outputs, of a size that is learnt
+    (Fortunato et al. 2018, arXiv 1706.10295, equations 9 to 11).
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.sizes, bound = (in_features, out_features), in_features**-0.5
+        self.weight = nn.Parameter(torch.empty(out_features, in_features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(out_features).uniform_(-bound, bound))
+        self.weight_sigma = nn.Parameter(torch.full_like(self.weight, 0.5 * bound))
+        self.bias_sigma = nn.Parameter(torch.full_like(self.bias, 0.5 * bound))
+
+    def forward(self, x, noise):
+        """Outputs [batch, out_features] for x [batch, in_features], noise [in_features + out_features] or a row each.
+
+        The noise of a weight is the product of two factors, so that it need not be made: it scales inputs and outputs.
+        """
+        noise_in, noise_out = noise.split(self.sizes, -1)
+        noisy = F.linear(x * noise_in, self.weight_sigma, self.bias_sigma) * noise_out
+        return F.linear(x, self.weight, self.bias) + noisy
+
+
+class QNetwork(nn.Module):
+    """The convolutional network of Mnih et al. 2015 (Nature 518) under two streams of noisy layers, one for the value
+    of the state, one for the advantages of the actions (Wang et al. 2016, arXiv 1511.06581).
+    """
+
+    def __init__(self, num_actions: int, num_atoms: int, bf16: bool):
+        super().__init__()
+        self.dtype, self.shape = torch.bfloat16 if bf16 else torch.float32, (num_actions, num_atoms)
+        self.network = nn.Sequential(
+            layer_init(nn.Conv2d(4, 32, 8, stride=4)), nn.ReLU(),
+            layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
+            layer_init(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(), nn.Flatten(),
+        )  # fmt: skip
+        self.value = nn.ModuleList([NoisyLinear(7 * 7 * 64, 512), NoisyLinear(512, num_atoms)])
+        self.advantage = nn.ModuleList([NoisyLinear(7 * 7 * 64, 512), NoisyLinear(512, num_actions * num_atoms)])
+        self.noise_sizes = [sum(layer.sizes) for layer in (*self.value, *self.advantage)]
+
+    def forward(self, obs, noise):
+        """Log-probabilities [batch, num_actions, num_atoms] of the return for obs [batch, 4, 84, 84] uint8.
+
+        noise: [sum(noise_sizes)], the same for all obs, or [batch, sum(noise_sizes)].
+        """
+        noise = noise.split(self.noise_sizes, -1)
+        pixels = obs.to(self.dtype, memory_format=torch.channels_last) / 255  # fast: channels side by side
+        with torch.autocast(obs.device.type, torch.bfloat16, self.dtype is torch.bfloat16, cache_enabled=False):
+            features = self.network(pixels)
+            hidden = self.value[0](features, noise[0]).relu(), self.advantage[0](features, noise[2]).relu()
+        value = self.value[1](hidden[0].float(), noise[1])[:, None]  # the last layers and the loss are always float32
+        advantages = self.advantage[1](hidden[1].float(), noise[3]).unflatten(-1, self.shape)
+        return (value + advantages - advantages.mean(1, keepdim=True)).log_softmax(-1)
+
+
+class Agent(nn.Module):
+    """A network of the distribution of returns `atoms` [num_atoms], and the target network that follows it."""
+
+    def __init__(self, num_actions: int, num_atoms=51, v_min=-10.0, v_max=10.0, bf16: bool = False):
+        super().__init__()
+        self.q_network = QNetwork(num_actions, num_atoms, bf16)
+        self.target_network = deepcopy(self.q_network).requires_grad_(False)
+        self.register_buffer("atoms", torch.linspace(v_min, v_max, num_atoms))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))  # of the Q-network, so far
+        self.register_buffer("importance_exponent", torch.zeros(()))  # main raises it
+        self.noise_size = sum(self.q_network.noise_sizes)
+
+    def forward(self, obs, noise):
+        """Q-values [batch, num_actions] for obs [batch, 4, 84, 84] uint8; noise as in QNetwork, 0 for none."""
+        return self.q_network(obs, noise).exp() @ self.atoms
+
+
+# ---- algorithm -------------------------------------------------------------------------------------------------------
+
+
+class Rollout:
+    """The data of one iteration, allocated once and only ever written in place: CUDA graphs know its addresses.
+
+    `outcomes` are rewards, terminations and dones: what the last actions led to, as obs are; and ages, how many frames
+    the game has had before. numpy and envpool touch `host_*`, which is pinned memory where the device is a GPU.
+    `act_noise` has a row for each step and environment, `update_noise` two for each update: one a network.
+    """
+
+    def __init__(self, args: Args, envs, noise_size: int, device: torch.device):
+        def host(*shape, dtype=torch.float32):
+            return torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
+
+        T, N, shape = args.num_steps, args.num_envs, envs.single_observation_space.shape
+        self.host = host(N, *shape, dtype=torch.uint8), host(N, dtype=torch.int32), host(4, N)
+        self.host_obs, self.host_actions, self.host_outcomes = self.host
+        self.obs, self.outcomes = self.host_obs.to(device), self.host_outcomes.to(device)  # on a CPU the very same
+        self.actions = torch.zeros(N, dtype=torch.int64, device=device)
+        self.act_noise = torch.zeros(T, N, noise_size, device=device)
+        self.update_noise = torch.zeros(args.num_updates, 2, noise_size, device=device)
+        self.random = torch.zeros(args.num_updates, args.batch_size, dtype=torch.float64, device=device)
+
+
+class PrioritizedReplay(nn.Module):
+    """The latest steps of all environments, on the device and allocated once: rings of rows [num_rows, num_envs, ...].
+
+    Row t has the newest frame of obs[t] and actions[t], taken there; what they led to is in row t + 1: its rewards,
+    terminations and frame. Every frame is kept once; ages[t], how many frames of its game came before, tells which ones
+    make up obs[t]. dones[t] is 1 where obs[t] is the last of its episode: the action there did nothing.
+
+    priorities[t] is the probability to draw the transition that begins at obs[t], up to a factor (Schaul et al. 2016,
+    arXiv 1511.05952). It is 0 where none begins, and where a part of it is not there yet or not there any more.
+    """
+
+    def __init__(self, args: Args, rollout: Rollout, device: torch.device):
+        super().__init__()
+        self.num_envs, self.depth = rollout.obs.shape[:2]
+        self.gamma, self.n_step = args.gamma, args.n_step
+        self.num_rows = math.ceil(args.buffer_size / args.num_envs) + self.n_step + self.depth - 1
+        columns = {"frames": rollout.obs[:, -1], "actions": rollout.actions}  # [num_envs, ...], like the outcomes
+        columns |= zip(("rewards", "terminations", "dones", "ages"), rollout.outcomes)
+        columns |= {"priorities": rollout.outcomes[0]}
+        for name, x in columns.items():
+            self.register_buffer(name, torch.zeros(self.num_rows, *x.shape, dtype=x.dtype, device=device))
+        self.dones.fill_(1)  # no transition begins in rows that were never written
+        self.register_buffer("max_priority", torch.ones((), device=device))
+        self.register_buffer("row", torch.tensor(-1, device=device))  # where the newest frame is
+
+    def store(self, obs, outcomes) -> None:
+        """Begin a row: the newest obs [num_envs, depth, 84, 84] and the outcomes [4, num_envs] that came with them."""
+        self.row.add_(1).remainder_(self.num_rows)
+        rings = self.frames, self.rewards, self.terminations, self.dones, self.ages
+        for ring, x in zip(rings, (obs[:, -1], *outcomes)):
+            ring.index_copy_(0, self.row, x[None])
+        complete = (self.row - self.n_step) % self.num_rows  # new transitions are drawn soon: they get the most
+        self.priorities.index_copy_(0, complete, self.max_priority * (1 - self.dones.index_select(0, complete)))
+        self.priorities.index_fill_(0, (self.row + self.depth - 1) % self.num_rows, 0)  # its stack has lost a frame
+
+    def remember(self, actions) -> None:
+        """Store the actions [num_envs, ...] taken at the newest observations."""
+        self.actions.index_copy_(0, self.row, actions[None])
+
+    def sample(self, random) -> list:
+        """Transitions by their priorities, each [num_updates * batch_size, ...]: obs, actions, n-step returns,
+        discounts of the value of next_obs, next_obs, priorities, and places in the flattened priorities.
+
+        random: [num_updates, batch_size] from 0 to 1, each for its own stretch of the sum of all priorities.
+        """
+        sums = self.priorities.flatten().cumsum(0, dtype=torch.float64)
+        strata = torch.arange(1, random.shape[-1] + 1, device=random.device)
+        places = torch.searchsorted(sums, ((strata - random) / random.shape[-1] * sums[-1]).flatten())
+        env, row = places % self.num_envs, places // self.num_envs
+
+        def take(ring, row, env=env):
+            places = row * self.num_envs + env
+            return ring.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape)
+
+        def stacks(row):  # the first frame of a game stands for those before it, as in envpool
+            back = torch.arange(self.depth - 1, -1, -1, device=row.device)
+            back = back.minimum(take(self.ages, row).long()[:, None])
+            return take(self.frames, (row[:, None] - back) % self.num_rows, env[:, None])
+
+        last, returns, discounts = row, torch.zeros_like(env, dtype=torch.float32), torch.ones((), device=row.device)
+        for _ in range(self.n_step):
+            ended = take(self.dones, last) == 1  # it stops there
+            last = torch.where(ended, last, (last + 1) % self.num_rows)
+            returns = returns + torch.where(ended, 0, discounts * take(self.rewards, last))
+            discounts = discounts * torch.where(ended, 1, self.gamma * (1 - take(self.terminations, last)))
+        actions, priorities = take(self.actions, row), take(self.priorities, row)
+        return [stacks(row), actions, returns, discounts, stacks(last), priorities, places]
+
+    def prioritize(self, places, priorities) -> None:
+        """New priorities [batch] of the transitions at `places`, as `sample` has them."""
+        self.priorities.view(-1).index_copy_(0, places, priorities)
+        self.max_priority.copy_(self.max_priority.maximum(priorities.max()))
+
+
+def draw_factors(noise, generator: torch.Generator) -> None:
+    """Fill noise with normal numbers, of each the root with its sign (Fortunato et al. 2018, equation 11)."""
+    noise.normal_(generator=generator)
+    noise.copy_(noise.sign() * noise.abs().sqrt())
+
+
+def draw_noise(rollout: Rollout, generator: torch.Generator) -> None:
+    """Draw all the randomness of one iteration, outside all that is compiled or captured: no graph can freeze it."""
+    draw_factors(rollout.act_noise, generator)
+    draw_factors(rollout.update_noise, generator)
+    rollout.random.uniform_(generator=generator)
+
+
+@torch.no_grad()
+def act(agent: Agent, replay: PrioritizedReplay, rollout: Rollout, t: int) -> None:
+    """Step t of acting: what the last step led to into the replay buffer, and new actions back to the host."""
+    rollout.obs.copy_(rollout.host_obs, non_blocking=True)
+    rollout.outcomes.copy_(rollout.host_outcomes, non_blocking=True)
+    replay.store(rollout.obs, rollout.outcomes)
+    rollout.actions.copy_(agent(rollout.obs, rollout.act_noise[t]).argmax(-1))
+    replay.remember(rollout.actions)
+    rollout.host_actions.copy_(rollout.actions, non_blocking=True)
+
+
+def project(probs, returns, atoms):
+    """A distribution on atoms [num_atoms] from one of probs [batch, num_atoms] on returns [batch, num_atoms].
+
+    Each probability is shared out between the two atoms next to its return (Bellemare et al. 2017, equation 7).
+    """
+    distance = (returns.clamp(atoms[0], atoms[-1])[:, None] - atoms[:, None]).abs() / (atoms[1] - atoms[0])
+    return ((1 - distance).clamp(min=0) * probs[:, None]).sum(-1)
+
+
+def rainbow_loss(agent: Agent, args: Args, noise, obs, actions, returns, discounts, next_obs, priorities):
+    """The divergence of the predicted distribution from its n-step target (Hessel et al. 2018, section 3), weighted
+    (Schaul et al. 2016, section 3.4), over a minibatch; numbers to log, and new priorities.
+
+    Every argument from obs on is [batch_size, ...]; noise is [2, noise_size], for the network and the target network.
+    """
+    there = priorities > 0  # not so only in a buffer that is still empty
+    weights = there * priorities.clamp(min=1e-9) ** -agent.importance_exponent
+    with torch.no_grad():
+        best = agent(next_obs, noise[0]).argmax(-1)  # chosen by one network, valued by the other
+        next_probs = agent.target_network(next_obs, noise[1]).exp()
+        next_probs = next_probs.take_along_dim(best[:, None, None], 1).squeeze(1)
+        targets = project(next_probs, returns[:, None] + discounts[:, None] * agent.atoms, agent.atoms)
+    log_probs = agent.q_network(obs, noise[0]).take_along_dim(actions[:, None, None], 1).squeeze(1)
+    divergences = (torch.xlogy(targets, targets) - targets * log_probs).sum(-1)
+    loss = (divergences * weights / weights.max().clamp(min=1e-9)).mean()
+    metrics = {"td_loss": divergences.mean(), "q_values": (log_probs.exp() @ agent.atoms).mean()}
+    return loss, metrics | {"priorities": there * (divergences.clamp(min=0) + 1e-6) ** args.priority_exponent}
+
+
+def gradients(loss_fn, params: list, *inputs) -> tuple[list, dict]:
+    """Gradients of the loss that loss_fn(*inputs) returns, one for each of `params`, and its numbers to log."""
+    loss, metrics = loss_fn(*inputs)
+    grads = torch.autograd.grad(loss, params)
+    # a fused optimizer takes for granted that a gradient lies in memory as its parameter does
+    grads = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for g, p in zip(grads, params)]
+    return grads, {name: value.detach() for name, value in metrics.items()}
+
+
+def step_optimizer(optimizer, params: list, grads: list, max_grad_norm: float):
+    """One step of the optimizer, all gradients together cut to a norm of max_grad_norm; returns the norm before."""
+    for param, grad in zip(params, grads):
+        param.grad = grad
+    norm = nn.utils.clip_grad_norm_(params, max_grad_norm)
+    optimizer.step()
+    return norm
+
+
+@torch.no_grad()
+def update_target(agent: Agent, args: Args) -> None:
+    """Count an update, and move the target network if one is due among the steps that this update was owed for."""
+    agent.updates += 1
+    due = agent.updates * args.train_frequency % args.target_network_frequency < args.train_frequency
+    weight = due * args.tau  # no branch: that would be one of the host, on a tensor
+    for target, param in zip(agent.target_network.parameters(), agent.q_network.parameters()):
+        target.lerp_(param, weight)
+
+
+def update(agent: Agent, optimizer, replay: PrioritizedReplay, rollout, args: Args, gradients=gradients) -> dict:
+    """The learning phase: the updates that one iteration owes; returns the means of the metrics."""
+    params, logged = list(agent.q_network.parameters()), []
+    transitions = replay.sample(rollout.random)  # fast: those of all updates at once
+    minibatches = zip(*(x.split(args.batch_size) for x in transitions))
+    for noise, (*minibatch, places) in zip(rollout.update_noise, minibatches):
+        grads, metrics = gradients(rainbow_loss, params, agent, args, noise, *minibatch)
+        replay.prioritize(places, metrics.pop("priorities"))
+        metrics["grad_norm"] = step_optimizer(optimizer, params, grads, args.max_grad_norm)
+        update_target(agent, args)
+        logged.append(metrics)
+    return {name: torch.stack([metrics[name] for metrics in logged]).mean() for name in logged[0]}
+
+
+@torch.no_grad()
+def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=(), frames=None) -> list[float]:
+    """True returns of one whole game in each environment, with noise or without; none after a `stop`.
+
+    `frames`, a list, gets the first 1,000 pictures of the first environment, as PIL images.
+    """
+    from PIL import Image
+
+    returns, playing = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
+    noise, (obs, _) = torch.zeros(envs.num_envs, agent.noise_size, device=generator.device), envs.reset()
+    while playing.any() and not stop:
+        if frames is not None and len(frames) < 1000:
+            frames.append(Image.fromarray(envs.render()[0]))
+        if not greedy:
+            draw_factors(noise, generator)
+        actions = agent(torch.as_tensor(obs, device=generator.device), noise).argmax(-1).int().cpu().numpy()
+        obs, _, *results = envs.step(actions)
+        rewards, overs = true_game(*results)
+        returns += rewards * playing
+        playing &= ~overs
+    return [] if stop else returns.tolist()
+
+
+# ---- speed: every mode runs the functions above ----------------------------------------------------------------------
+
+
+class CudaGraph:
+    """A step that runs as it is twice, is recorded as a CUDA graph in its third call, and is replayed from then on.
+
+    Recorded are kernels and addresses: shapes must not change, no Python branch may depend on the value of a tensor,
+    and what varies between calls or outlives them is read and written in place, in tensors made elsewhere.
+    """
+
+    def __init__(self, step, pool):
+        self.step, self.pool, self.calls, self.graph = step, pool, 0, torch.cuda.CUDAGraph()
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls < 3:
+            return self.step()
+        if self.calls == 3:
+            with torch.cuda.graph(self.graph, pool=self.pool, stream=torch.cuda.current_stream()):
+                self.result = self.step()
+        self.graph.replay()
+        return self.result
+
+
+def accelerate(mode: str, agent: Agent, optimizer, replay: PrioritizedReplay, rollout: Rollout, args: Args) -> tuple:
+    """The steps of acting, one for each row of the noise, and the learning phase."""
+    policy_fn, gradients_fn = agent, gradients
+    if "compile" in mode:
+        torch._dynamo.config.trace_autograd_ops = True  # fast: loss and gradients in one piece
+        gradients_fn = torch.compile(gradients, fullgraph=True, dynamic=False)
+        if rollout.obs.is_cuda:  # on a CPU, calling a compiled policy costs more than it saves
+            policy_fn = torch.compile(agent, fullgraph=True, dynamic=False)
+    acts = [partial(act, policy_fn, replay, rollout, t) for t in range(args.num_steps)]
+    learn = partial(update, agent, optimizer, replay, rollout, args, gradients_fn)
+    if "cudagraphs" in mode:
+        pool = torch.cuda.graph_pool_handle()  # one for all steps of acting, which are always replayed in this order
+        acts, learn = [CudaGraph(step, pool) for step in acts], CudaGraph(learn, torch.cuda.graph_pool_handle())
+    return acts, learn
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Read the command line; behind --resume or --evaluate stand the settings of that run, and other flags win."""
+    import tyro
+
+    argv, flags = sys.argv[1:] if argv is None else argv, []
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", "--evaluate", dest="source")
+    if source := parser.parse_known_args(argv)[0].source:
+        with explained(f"--resume or --evaluate: {source} is no run of {Path(__file__).stem}"):
+            config = json.loads(Path(source, "config.json").read_text())
+            if config["agent"] != Path(__file__).stem:
+                raise UserError(f"it is one of {config['agent']}")
+            for name, value in config["args"].items():
+                flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+                flags.append(flag if type(value) is bool else f"{flag}={value}")
+    return tyro.cli(Args, args=[*flags, *argv], description=__doc__)
+
+
+def env_seed(args: Args, purpose: Literal["training", "evaluation", "film"], global_step: int = 0) -> int:
+    """Seed of the first of some environments, below 2**31: far from those of other purposes, runs and resumptions."""
+    part = ("training", "evaluation", "film").index(purpose)
+    return part * 2**29 + int(np.random.SeedSequence([args.seed, part, global_step]).generate_state(1)[0]) % 2**28
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, whatever ends this process meanwhile: aside, then renamed over the old one."""
+    aside = path.with_suffix(".tmp")
+    try:
+        aside.write_bytes(content)
+        os.replace(aside, path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}; what was saved before is untouched") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def check_memory(args: Args, needed: int, device: torch.device) -> None:
+    """Refuse a replay buffer of `needed` bytes where the device has not so many free."""
+    free, meminfo = math.inf, Path("/proc/meminfo")
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif meminfo.exists():  # on Linux; elsewhere an allocation that fails has to do
+        free = 1024 * int(dict(line.split(":") for line in meminfo.open())["MemAvailable"].split()[0])
+    if needed > 0.9 * free:  # the rest is for all else
+        raise UserError(f"--buffer-size {args.buffer_size}: takes {needed / 2**30:.1f} GiB, and {device} has "
+                        f"{free / 2**30:.1f} GiB free")  # fmt: skip
+
+
+def final_score(args: Args, agent: Agent, device: torch.device, run_dir: Path, stop=()) -> dict:
+    """Evaluate, film if asked to, and return what the summary says of it."""
+    scores, generator = [], torch.Generator(device).manual_seed(args.seed)
+    if args.eval_episodes and not stop:
+        envs = make_envs(args, args.eval_episodes, env_seed(args, "evaluation"))
+        scores = evaluate(agent, envs, generator, args.eval_greedy, stop)
+    if args.video and not stop:
+        envs = make_envs(args, 1, env_seed(args, "film"), render_mode="rgb_array")
+        evaluate(agent, envs, generator, args.eval_greedy, stop, frames := [])
+        if frames:  # a signal can come before the first
+            frames[0].save(gif := io.BytesIO(), "GIF", save_all=True, append_images=frames[1:], duration=50, loop=0)
+            write_file(run_dir / "episode.gif", gif.getbuffer())
+    mean, std = (float(np.mean(scores)), float(np.std(scores))) if scores else (None, None)
+    return {"eval_return_mean": mean, "eval_return_std": std, "eval_episodes": len(scores), "eval_returns": scores}
+
+
+def main(args: Args, stop=()) -> dict:
+    """Train, evaluate and summarise one agent; returns the content of summary.json. A `stop` that fills up ends it."""
+    from filelock import FileLock  # comes with torch
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm
+
+    started, agent_name, source = time.perf_counter(), Path(__file__).stem, args.resume or args.evaluate
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.device(args.device if cuda and ":" in args.device else "cuda:0" if cuda else "cpu")
+    fastest = "compile-cudagraphs" if shutil.which(os.environ.get("CXX", "g++")) else "cudagraphs"
+    mode = args.mode if args.mode != "auto" else fastest if cuda else "eager"
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be recorded on the default one
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
+    fast_bf16 = torch.cuda.get_device_capability() >= (8, 0) if cuda else torch.cpu._is_avx512_bf16_supported()
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and fast_bf16)
+    torch.backends.fp32_precision = "tf32" if cuda and args.precision != "fp32" else "ieee"
+    torch.backends.cudnn.benchmark = True
+    torch.set_flush_denormal(True)  # fast: dead units leave Adam denormals, which a CPU is 13 times as slow with
+    torch.manual_seed(args.seed)
+
+    # ---- build, or put a checkpoint back ----
+    saved = {"global_step": 0, "wall_seconds": 0.0, "returns": [], "learning_rate": 0.0}
+    if source:
+        with explained(f"--resume or --evaluate: {source}/checkpoint.pt is missing or damaged"):
+            saved |= torch.load(Path(source, "checkpoint.pt"), map_location="cpu", weights_only=True)
+    global_step, returns = saved["global_step"], deque(saved["returns"], maxlen=100)
+    started -= saved["wall_seconds"]
+    envs = make_envs(args, 1 if args.evaluate else args.num_envs, env_seed(args, "training", global_step))
+    check_envs(args, envs)
+    network = {"num_actions": int(envs.single_action_space.n), "num_atoms": args.num_atoms}
+    network |= {"v_min": args.v_min, "v_max": args.v_max}
+    agent = Agent(**network, bf16=bf16).to(device, memory_format=torch.channels_last)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    lr = torch.tensor(args.learning_rate, device=device)  # a tensor, so that graphs see it change
+    optimizer = torch.optim.Adam(agent.q_network.parameters(), lr, eps=1.5e-4, fused=True, capturable=cuda)
+    if source:
+        with explained(f"--resume or --evaluate: {source}/checkpoint.pt is not of this agent in this environment"):
+            agent.load_state_dict(saved["agent"] | {"atoms": agent.atoms})  # of the flags, which may be new
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
+            lr = optimizer.param_groups[0]["lr"]
+            if saved["device"] == device.type:
+                generator.set_state(saved["generator"])
+    summary = {"agent": agent_name, "env_id": args.env_id, "seed": args.seed, "device": str(device), "mode": mode}
+    summary |= {"torch": torch.__version__, "num_envs": args.num_envs, "global_step": global_step}
+    if args.evaluate:
+        return summary | final_score(args, agent, device, Path(source), stop) | {"run_dir": source}
+
+    rollout, refill = Rollout(args, envs, agent.noise_size, device), 0
+    buffer_bytes = sum(x.nbytes for x in PrioritizedReplay(args, rollout, torch.device("meta")).buffers())
+    check_memory(args, buffer_bytes, device)
+    replay, keeps = PrioritizedReplay(args, rollout, device), {"always": math.inf, "auto": 2**30, "never": 0}
+    if "replay" in saved:
+        with explained(f"{source}/checkpoint.pt: its replay buffer is not of this --buffer-size and --num-envs"):
+            replay.load_state_dict(saved.pop("replay"))
+        replay.dones[replay.row] = 1  # no transition leads from games that were left to those that begin now
+    elif source and global_step + args.iteration_steps <= args.total_timesteps:
+        refill = math.ceil(min(global_step, max(args.learning_starts, 1)) / args.iteration_steps)
+
+    def learning_rate() -> float:
+        return args.learning_rate * (1 - args.anneal_lr * global_step / args.total_timesteps)
+
+    def importance_exponent() -> float:
+        return args.importance_exponent + (1 - args.importance_exponent) * global_step / args.total_timesteps
+
+    def save():
+        state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "returns": list(returns)}
+        state |= {"generator": generator.get_state(), "device": device.type, "learning_rate": lr.item()}
+        state |= {"global_step": global_step, "wall_seconds": time.perf_counter() - started}
+        state |= {"replay": replay.state_dict()} if buffer_bytes <= keeps[args.checkpoint_buffer] else {}
+        torch.save(state, content := io.BytesIO())
+        write_file(run_dir / "checkpoint.pt", content.getbuffer())
+
+    start = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06}"
+    run_dir = Path(args.resume or args.run_dir or f"runs/{args.env_id}__{agent_name}__{args.seed}__{start}")
+    lock = FileLock(run_dir / ".lock", blocking=False)  # held until this process ends: no two runs share a folder
+    with explained(f"--{'resume' if args.resume else 'run-dir'} {run_dir}: in use, or not free"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not args.resume and any(path.name != ".lock" for path in run_dir.iterdir()):
+            raise UserError("it is not empty; to go on with a run in it, use --resume")
+        lock.acquire()
+    if args.track:
+        with explained("--track"):
+            from wandb import init
+
+            id_file, options = run_dir / "wandb_id.txt", {"config": asdict(args), "sync_tensorboard": True}
+            run_id = id_file.read_text() if id_file.exists() else None  # a resumed run goes on there, too
+            run = init(project="redline", name=run_dir.name, id=run_id, resume="allow", **options)
+            id_file.write_text(run.id)
+    settings = asdict(replace(args, run_dir=None, resume=None, evaluate=None))  # what a resumed run takes over
+    config = {"agent": agent_name, "args": settings, "network": network}
+    write_file(run_dir / "config.json", json.dumps(config, indent=2).encode())
+    write_file(run_dir / Path(__file__).name, Path(__file__).read_bytes())
+    if not source:
+        save()
+    rates = (("learning rate", saved["learning_rate"], learning_rate()),)
+    risen = [(name, old, new) for name, old, new in rates if source and new > 1.01 * old]
+    notes = [f"the {name} rises from {old:.3g} to {new:.3g}, following --total-timesteps" for name, old, new in risen]
+    steps = f"{refill * args.iteration_steps} steps, which do not count"
+    notes += [f"the replay buffer was not saved: {steps}, fill it anew"] if refill else []
+    for note in notes:
+        tqdm.write(note, file=sys.stderr)
+
+    # ---- the loop ----
+    acts, learn = accelerate(mode, agent, optimizer, replay, rollout, args)
+    host_obs, host_actions, host_outcomes = (x.numpy() for x in rollout.host)
+    host_obs[:], _ = envs.reset()
+    dones = overs = np.zeros(args.num_envs, dtype=bool)
+    ages = lives = np.zeros(args.num_envs, dtype=np.int32)
+    running, finished = np.zeros((2, args.num_envs)), []  # returns and lengths of games under way; those of ended ones
+    iterations = (args.total_timesteps - global_step) // args.iteration_steps
+    saved_at, compile_seconds, speeds = time.perf_counter(), 0.0, dict.fromkeys(("sps", "sps_rollout", "sps_update"))
+    metrics, learned = {}, 0  # iterations that learned
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1, flush_secs=30)
+    progress = tqdm(desc=args.env_id, total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True,
+                    mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True)  # fmt: skip
+    for iteration in range(-refill, iterations):
+        began, learning = time.perf_counter(), iteration >= 0 and global_step >= max(args.learning_starts, 1)
+        if learned <= 3:  # SPS counts from the fourth iteration that learns: those before compile and capture
+            loop_start, loop_step, seconds = began, global_step, {"sps_rollout": 0.0, "sps_update": 0.0}
+        lr.fill_(learning_rate())
+        agent.importance_exponent.fill_(importance_exponent())
+        draw_noise(rollout, generator)
+
+        clock = time.perf_counter()
+        for step in acts:
+            step()
+            wait()  # the actions have arrived in host_actions; on a GPU, the last learning phase is over, too
+            if step is acts[-1]:
+                update_clock = time.perf_counter()
+                metrics = learn() if learning else metrics  # fast: a GPU learns while the environments step
+                update_seconds = time.perf_counter() - update_clock  # on a GPU, of the launch alone
+            obs, rewards, terminations, truncations, infos = envs.step(host_actions)
+            # a new game follows the end of one, which can also come unseen, in the pause after a lost life
+            ages = np.where(overs | (dones & (infos["lives"] > lives)), 0, ages + 1)
+            true_rewards, overs = true_game(terminations, truncations, infos)
+            running += true_rewards, ~dones
+            dones, lives = terminations | truncations, infos["lives"]
+            host_obs[:], host_outcomes[:] = obs, (rewards, terminations, dones, ages)
+            if overs.any():
+                finished += running[:, overs].T.tolist()
+                running[:, overs] = 0
+        seconds["sps_update"] += update_seconds
+        seconds["sps_rollout"] += time.perf_counter() - clock - update_seconds
+
+        learned += learning
+        if iteration < 3 - refill or (learning and learned <= 3):
+            compile_seconds += time.perf_counter() - began
+        if iteration < 0 and stop:
+            break
+        if iteration < 0:  # steps that fill the replay buffer anew count for nothing
+            continue
+        global_step += args.iteration_steps
+        progress.update(args.iteration_steps)
+        stopping = iteration == iterations - 1 or bool(stop)
+        saving = stopping or time.perf_counter() - saved_at > 60 * args.checkpoint_minutes
+        if saving or iteration % max(1, args.total_timesteps // args.iteration_steps // 1000) == 0:
+            scalars = {f"losses/{name}": value.item() for name, value in metrics.items()}
+            seconds["sps"] = time.perf_counter() - loop_start
+            speeds = {name: (global_step - loop_step) / value for name, value in seconds.items()}
+            scalars |= {"charts/SPS": speeds["sps"], "charts/learning_rate": lr.item()}
+            scalars |= {"charts/importance_exponent": agent.importance_exponent.item()}
+            if finished:
+                scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(finished, axis=0)
+                returns.extend(episode_return for episode_return, _ in finished)
+                finished.clear()
+                progress.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
+            if not all(map(math.isfinite, scalars.values())):
+                raise FloatingPointError(f"not finite any more at step {global_step}: {scalars}; a lower "
+                                         "--learning-rate may help, and checkpoint.pt is from before")  # fmt: skip
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, global_step)
+        if saving:
+            save()
+            saved_at = time.perf_counter()
+        if stopping:
+            break
+    progress.close()
+    writer.close()
+
+    summary |= {"global_step": global_step, "train_return_mean": float(np.mean(returns)) if returns else None}
+    summary |= speeds | {"compile_seconds": compile_seconds} | final_score(args, agent, device, run_dir, stop)
+    summary |= {"notes": notes, "stopped_by": signal.Signals(stop[0]).name if stop else None, "run_dir": str(run_dir)}
+    summary["wall_seconds"] = time.perf_counter() - started
+    write_file(run_dir / "summary.json", json.dumps(summary, indent=2).encode())
+    if args.track:
+        run.finish()
+    return summary
+
+
+if __name__ == "__main__":
+    threading.excepthook = lambda _: None  # TensorBoard's thread has its failure told by the next add_scalar
+    signals = []  # the first one ends the loop in order, a second one the process
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number) or signal.signal(number, signal.SIG_DFL))
+    try:
+        print(json.dumps(main(parse_args(), signals)), flush=True)
+    except Exception as error:
+        failures = UserError, OSError, MemoryError, FloatingPointError, torch.OutOfMemoryError
+        if not isinstance(error, failures) and "can't allocate memory" not in str(error):
+            raise  # a bug: its traceback is worth reading
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        os._exit(2 if isinstance(error, UserError) else 1)  # not by way of a stdout that may be closed or full
+    sys.exit(128 + signals[0] if signals else 0)
