@@ -450,6 +450,7 @@ def accelerate(mode: str, agent: Agent, optimizers, replay: Replay, rollout: Rol
     sample_fn, gradients_fn = sample_actions, gradients
     if "compile" in mode:
         torch._dynamo.config.trace_autograd_ops = True  # fast: loss and gradients in one piece
+        torch._inductor.config.split_reductions = False  # fast: a sum over a minibatch is one kernel of a GPU, not two
         gradients_fn = torch.compile(gradients, fullgraph=True, dynamic=False)
         if rollout.obs.is_cuda:  # on a CPU, calling a compiled policy costs more than it saves
             sample_fn = torch.compile(sample_actions, fullgraph=True, dynamic=False)
