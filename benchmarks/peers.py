@@ -46,7 +46,7 @@ PEERS = {
     "sb3": Peer(
         "sb3.py", ["stable-baselines3==2.9.2", "gymnasium[atari,mujoco]==1.4.0", "opencv-python-headless", TORCH],
         ("cartpole", "cartpole-defaults", "breakout", "halfcheetah",
-         "dqn", "dqn-defaults", "dqn-breakout", "sac", "sac-bf16", "td3", "td3-bf16"),
+         "dqn", "dqn-defaults", "dqn-breakout", "sac", "sac-bf16", "td3", "td3-bf16", "ddpg"),
     ),
     "torchrl": Peer("torchrl_ppo.py", ["torchrl==0.14.1", "gymnasium==1.4.0", TORCH], ("cartpole",)),
     # Sample Factory brings a gymnasium before 1.0 itself; CartPole-v1 is the same there
@@ -69,7 +69,7 @@ DQN_BREAKOUT = DQN | {"env_id": "BreakoutNoFrameskip-v4", "learning_rate": 1e-4,
 DQN_BREAKOUT |= {"buffer_size": 20_000, "target_network_frequency": 1_000, "torch_threads": 0}
 SAC = REPLAY | {"algorithm": "sac", "env_id": "HalfCheetah-v4", "learning_rate": 3e-4, "buffer_size": 100_000}
 SAC |= {"batch_size": 256, "train_frequency": 1, "tau": 0.005}
-TD3 = SAC | {"algorithm": "td3"}
+TD3, DDPG = SAC | {"algorithm": "td3"}, SAC | {"algorithm": "ddpg"}
 STARTS, PIXELS = {"learning_starts": 1_000}, {"env_id": "Breakout-v5", "precision": "bf16"}  # as Atari runs by default
 
 
@@ -93,6 +93,7 @@ COMPARISONS = {  # name: our agent, our flags, the peers' settings, the steps th
     "sac-bf16": ("sac_continuous_action", flags(STARTS, precision="bf16"), SAC, 3_000, 1_000),
     "td3": ("td3_continuous_action", flags(STARTS, precision="fp32"), TD3, 3_000, 1_000),
     "td3-bf16": ("td3_continuous_action", flags(STARTS, precision="bf16"), TD3, 3_000, 1_000),
+    "ddpg": ("ddpg_continuous_action", flags(STARTS, precision="fp32", policy_frequency=1), DDPG, 3_000, 1_000),
 }  # fmt: skip
 
 

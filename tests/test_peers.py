@@ -159,7 +159,7 @@ def test_every_peer_has_its_script_and_every_comparison_a_peer():
 
 def test_precision_is_named_where_a_default_could_change_it():
     for name, (agent, flags, *_) in peers.COMPARISONS.items():
-        if "atari" in agent or name in ("sac", "td3"):
+        if "atari" in agent or name in ("sac", "td3", "ddpg"):
             assert flags[flags.index("--precision") + 1] == ("bf16" if "atari" in agent else "fp32")
 
 

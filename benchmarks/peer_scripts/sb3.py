@@ -8,7 +8,7 @@ import sys
 import time
 
 import torch
-from stable_baselines3 import DQN, PPO, SAC, TD3
+from stable_baselines3 import DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
@@ -48,7 +48,7 @@ def ppo(settings: dict, policy: str, envs) -> PPO:
     )  # fmt: skip
 
 
-def off_policy(settings: dict, policy: str, envs) -> DQN | SAC | TD3:
+def off_policy(settings: dict, policy: str, envs) -> DQN | SAC | TD3 | DDPG:
     """An update for every `train_frequency` steps over all environments."""
     if settings["train_frequency"] % settings["num_envs"]:
         sys.exit("error: train_frequency has to be a multiple of num_envs here, which counts steps of each")
@@ -61,7 +61,7 @@ def off_policy(settings: dict, policy: str, envs) -> DQN | SAC | TD3:
         network = {} if policy == "CnnPolicy" else {"policy_kwargs": {"net_arch": [120, 84]}}
         frequency = settings["target_network_frequency"]
         return DQN(policy, envs, target_update_interval=frequency, max_grad_norm=10, **network, **common)
-    kind = {"sac": SAC, "td3": TD3}[settings["algorithm"]]
+    kind = {"sac": SAC, "td3": TD3, "ddpg": DDPG}[settings["algorithm"]]
     return kind(policy, envs, policy_kwargs={"net_arch": [256, 256]}, **common)
 
 
