@@ -72,7 +72,7 @@ class Args:
     q_lr: float = 1e-3  # Adam's learning rate of the critics and of the temperature
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # how far an update of a target network moves it towards the network: 1 makes it a copy
-    autotune: bool = True  # find the temperature alpha that keeps the policy's entropy at -action_dim
+    autotune: bool = True  # find the alpha that keeps the policy's entropy at its target (-action_dim for real actions)
     alpha: float = 0.2  # the temperature, the weight of the entropy, under --no-autotune
 
     # ---- Speed ----

@@ -91,8 +91,14 @@ def agents_with(*names: str) -> list:
 
 # Agents whose run folder, checkpoint and command line are those of others to the letter: there, testing these is slow.
 ALIKE = {"ppo_atari", "ppo_atari_lstm", "ppo_continuous_action", "pqn", "pqn_atari", "dqn_atari"}
-ALIKE |= {"td3_continuous_action", "c51", "rainbow_atari", "rpo_continuous_action"}
-ALIKE |= {"ddpg_continuous_action"}
+ALIKE |= {
+    "td3_continuous_action",
+    "c51",
+    "rainbow_atari",
+    "rpo_continuous_action",
+    "ddpg_continuous_action",
+    "sac_atari",
+}
 
 
 def slow_unless_new(alike=ALIKE) -> list:

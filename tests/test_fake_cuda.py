@@ -124,7 +124,8 @@ def fake_build(module):
     for param in agent.parameters():
         if pixels and param.dim() == 4:
             param.data = param.data.to(memory_format=torch.channels_last)
-    parts = [getattr(agent, "critics", agent), agent.actor] if hasattr(module, "Actor") else [agent]
+    several = hasattr(module, "Actor") or hasattr(agent, "critics")
+    parts = [getattr(agent, "critics", agent), agent.actor] if several else [agent]
     parts[0] = agent.critic if hasattr(agent, "target_critic") else parts[0]
     params = [[p for p in part.parameters() if p.requires_grad] for part in parts]
     optimizers = [torch.optim.Adam(some, fused=True, capturable=True) for some in params]

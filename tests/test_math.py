@@ -474,6 +474,112 @@ def test_sac_losses_are_the_papers(module):
     assert scale.grad.item() == pytest.approx(-slopes[keep].mean()), "the policy climbs the lower Q-value"
 
 
+def linear_sac(seed):
+    """An agent whose logits and Q-values are linear in obs, and its parameters: policy, critics, targets, log_alpha."""
+    sizes, rng = ((4, 3), (2, 4, 3), (2, 4, 3), ()), np.random.default_rng(seed)
+    parts = [torch.tensor(rng.normal(size=size), requires_grad=True) for size in sizes]
+    policy, *critics, log_alpha = parts
+    actor, critics, target_critics = (lambda obs, part=part: obs @ part for part in (policy, *critics))
+    linear = SimpleNamespace(actor=actor, critics=critics, target_critics=target_critics, log_alpha=log_alpha)
+    return linear, parts
+
+
+def softmax(logits):
+    """Probabilities of one row of logits."""
+    return np.exp(logits) / np.exp(logits).sum()
+
+
+@pytest.mark.parametrize("module", agents_with("discrete_sac_critic_loss"))
+def test_the_critic_loss_of_discrete_sac_is_the_papers(module):
+    """A row at a time: expectations over the next actions, the lower of two values, the policy's entropy, no bonus
+    beyond a termination, and nothing from reset rows.
+    """
+    data, (agent, parts) = transitions(30, 1, discrete=True), linear_sac(2)
+    policy, weights, targets, log_alpha = (x.detach().numpy() for x in parts)
+    loss, metrics = module.discrete_sac_critic_loss(agent, SimpleNamespace(gamma=0.9), *map(torch.tensor, data))
+    loss.backward()
+    losses, q_values, gradient, count = [], [], np.zeros((2, 4, 3)), data[-1].sum()
+    for obs, action, reward, termination, next_obs, valid in zip(*data):
+        if not valid:
+            continue
+        probs, value = softmax(next_obs @ policy), 0
+        for a, p in enumerate(probs):
+            value += p * (min(next_obs @ targets[0][:, a], next_obs @ targets[1][:, a]) - np.exp(log_alpha) * np.log(p))
+        goal = reward if termination else reward + 0.9 * value
+        errors = np.array([obs @ weights[0][:, action] - goal, obs @ weights[1][:, action] - goal])
+        losses.append((errors**2).sum()), q_values.append((errors + goal).mean())
+        gradient[:, :, action] += 2 * errors[:, None] * obs / count
+    assert 0 < count < 30 and 0 < data[3][data[-1] == 1].sum() < count
+    expected = {"q_loss": np.mean(losses), "q_values": np.mean(q_values)}
+    assert numbers(metrics) == pytest.approx(expected, rel=1e-9) and loss.item() == metrics["q_loss"].item()
+    np.testing.assert_allclose(parts[1].grad, gradient, rtol=1e-9)
+    assert all(parts[i].grad is None for i in (0, 2, 3)), "only the critics are trained"
+
+
+@pytest.mark.parametrize("module", agents_with("discrete_sac_policy_loss"))
+def test_the_policy_loss_of_discrete_sac_is_the_papers(module):
+    """A row at a time: the policy climbs the lower Q-value and its entropy; too much entropy lowers alpha."""
+    (obs, *_, valid), (agent, parts) = transitions(30, 1, discrete=True), linear_sac(2)
+    policy, weights, _, log_alpha = (x.detach().numpy() for x in parts)
+    alpha, target_entropy, args = np.exp(log_alpha), 0.6 * np.log(3), SimpleNamespace(target_entropy_scale=0.6)
+    loss, metrics = module.discrete_sac_policy_loss(agent, args, torch.tensor(obs), torch.tensor(valid))
+    loss.backward()
+    losses, entropies, gradient = [], [], np.zeros((4, 3))
+    for row in obs[valid == 1]:
+        probs = softmax(row @ policy)
+        costs = alpha * np.log(probs) - np.minimum(row @ weights[0], row @ weights[1])
+        losses.append(probs @ costs), entropies.append(-probs @ np.log(probs))
+        gradient += np.outer(row, probs * (costs - probs @ costs)) / valid.sum()
+    expected = {"policy_loss": np.mean(losses), "entropy": np.mean(entropies), "alpha": alpha}
+    assert numbers(metrics) == pytest.approx(expected, rel=1e-9)
+    np.testing.assert_allclose(parts[0].grad, gradient, rtol=1e-9)
+    assert parts[3].grad.item() == pytest.approx(alpha * (np.mean(entropies) - target_entropy))
+    assert parts[1].grad is None and parts[2].grad is None, "the critics are not trained"
+
+
+@pytest.mark.parametrize("module", agents_with("discrete_sac_policy_loss"))
+def test_reset_rows_alone_teach_discrete_sac_nothing(module):
+    data, (agent, parts) = [*map(torch.tensor, transitions(8, 1, discrete=True))], linear_sac(2)
+    data[-1][:] = 0
+    args = SimpleNamespace(gamma=0.9, target_entropy_scale=0.6)
+    loss = module.discrete_sac_critic_loss(agent, args, *data)[0]
+    loss = loss + module.discrete_sac_policy_loss(agent, args, data[0], data[-1])[0]
+    loss.backward()
+    assert loss == 0 and all((parts[i].grad == 0).all() for i in (0, 1, 3))
+
+
+@pytest.mark.parametrize("module", agents_with("discrete_sac_policy_loss"))
+@pytest.mark.parametrize("scale", [0.6, 0.89])
+def test_alpha_brings_the_entropy_of_discrete_sac_to_its_target(module, scale):
+    """And the policy to the softmax of the lower Q-values over alpha, which is the best at this entropy."""
+    agent, parts = linear_sac(2)
+    obs, valid, args = torch.eye(4).double(), torch.ones(4).double(), SimpleNamespace(target_entropy_scale=scale)
+    groups = [{"params": [parts[0]], "lr": 0.2}, {"params": [parts[3]], "lr": 0.02}]  # the policy keeps up with alpha
+    optimizer = torch.optim.Adam(groups)
+    for _ in range(600):
+        optimizer.zero_grad()
+        loss, metrics = module.discrete_sac_policy_loss(agent, args, obs, valid)
+        loss.backward()
+        optimizer.step()
+    assert metrics["entropy"].item() == pytest.approx(scale * np.log(3), abs=1e-3)
+    best = (agent.critics(obs).amin(0) / metrics["alpha"]).softmax(-1)
+    torch.testing.assert_close(agent.actor(obs).softmax(-1), best, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("module", agents_with("TwinCritics"))
+def test_twin_critics_are_two_separate_networks(module):
+    torch.manual_seed(0)
+    agent, obs = module.Agent(3), torch.randint(256, (2, 4, 84, 84), dtype=torch.uint8)
+    first, second = agent.critics(obs)
+    assert torch.equal(first, agent.critics.first(obs)) and torch.equal(second, agent.critics.second(obs))
+    assert not torch.equal(first, second), "started apart"
+    assert torch.equal(torch.stack([first, second]), agent.target_critics(obs)), "as the targets started"
+    parts = agent.actor, agent.critics.first, agent.critics.second, agent.target_critics
+    taken = [x.data_ptr() for part in parts for x in part.parameters()]
+    assert len(taken) == len(set(taken)) == 5 * len(list(agent.actor.parameters()))
+    assert not any(x.requires_grad for x in agent.target_critics.parameters())
+
+
 @pytest.mark.parametrize("module", agents_with("ddpg_critic_loss"))
 def test_ddpg_losses_are_the_papers(module):
     """Those of TD3 with one critic, no noise on the target's actions and no smaller of two values."""

@@ -19,6 +19,7 @@ REPLAYS = agents_with("Replay") + agents_with("FrameReplay")
 each_replay = pytest.mark.parametrize("module", REPLAYS)  # that draws transitions of one step, each alike
 LEARNERS = REPLAYS + agents_with("PrioritizedReplay")  # whose own tests are in test_rainbow.py
 each_learner = pytest.mark.parametrize("module", LEARNERS)
+entropic = pytest.mark.parametrize("module", agents_with("discrete_sac_policy_loss"))
 real_agents = pytest.mark.parametrize("module", agents_with("Actor"))
 CPU = torch.device("cpu")
 
@@ -159,7 +160,9 @@ def test_training_stores_what_the_environments_did(module, tmp_path, monkeypatch
     changes = {"env_id": "RoadRunner-v5", "frame_skip": 60} if atari else {}  # some games end soon, and some unseen
     changes |= {"num_envs": 2, "buffer_size": 41, "learning_starts": 4, "total_timesteps": 240, "eval_episodes": 0}
     if hasattr(module.Args, "train_frequency"):
-        changes |= {"train_frequency": 2, "end_e": 1.0}  # random games are short
+        changes |= {"train_frequency": 2}
+    if hasattr(module.Args, "end_e"):
+        changes |= {"end_e": 1.0}  # random games are short
     steps = Steps(21)
     watched_envs(module, steps, monkeypatch, limit=90 if real else 15 if atari else 40)
 
@@ -232,6 +235,65 @@ def test_actions_are_uniform_while_exploring_and_then_the_policys(module):
     assert broken.tolist() == [[-1, 1]], "an environment gets numbers within its bounds, whatever happens"
 
 
+@entropic
+def test_discrete_actions_are_uniform_while_exploring_and_then_the_policys(module):
+    """Played and stored are the same actions, also where a policy is as sure as can be."""
+    draws, logits, stored = 100_000, torch.tensor([0.0, 1.0, 100.0, -1.0]), {}
+    rollout = SimpleNamespace(
+        host_obs=torch.rand(draws, 1), obs=torch.zeros(draws, 1), host_outcomes=torch.rand(4, draws),
+        outcomes=torch.zeros(4, draws), actions=torch.zeros(draws, dtype=torch.int64), random=torch.zeros(1),
+        host_actions=torch.zeros(draws, dtype=torch.int32), gumbel=torch.zeros(2, draws, 4),
+    )  # fmt: skip
+    replay = SimpleNamespace(
+        store=lambda obs, outcomes: stored.update(obs=obs.clone(), outcomes=outcomes.clone()),
+        remember=lambda actions: stored.update(actions=actions.clone()),
+    )
+    module.draw_noise(rollout, torch.Generator().manual_seed(1))
+    for exploring, sure in ((True, 100.0), (False, 2.0)):
+        rollout.exploring, logits[2] = torch.tensor(exploring), sure
+        module.act(lambda obs: logits.expand(len(obs), 4), replay, rollout, 1)
+        frequencies = torch.bincount(rollout.actions, minlength=4) / draws
+        expected = torch.full((4,), 0.25) if exploring else logits.softmax(-1)
+        torch.testing.assert_close(frequencies, expected, rtol=0, atol=0.005)
+        assert torch.equal(stored["obs"], rollout.host_obs) and torch.equal(stored["outcomes"], rollout.host_outcomes)
+        assert torch.equal(stored["actions"], rollout.host_actions.long())
+
+
+@entropic
+@pytest.mark.parametrize("start", [0, 30, 48])
+def test_exploration_ends_where_learning_starts(module, start, tmp_path, monkeypatch):
+    """And not after a resumption, whose first steps fill the buffer anew."""
+    seen, learnt, act = [], [], module.act
+    monkeypatch.setattr(module, "act", lambda *inputs: (seen.append(inputs[-2].exploring.item()), act(*inputs)))
+    monkeypatch.setattr(module, "update", lambda *_: learnt.append(len(seen)) or {})
+    changes = {"num_envs": 2, "train_frequency": 2, "learning_starts": start, "total_timesteps": 64}
+    module.main(tiny_args(module, tmp_path, eval_episodes=0, checkpoint_buffer="never", **changes))
+    assert seen == [2 * step < start for step in range(32)]
+    assert learnt[0] == max(start // 2, 1) + 1, "learning starts with the step after the last random one"
+    seen.clear()
+    module.main(module.parse_args(["--resume", str(tmp_path / "run"), "--total-timesteps", "80"]))
+    assert seen == [False] * (8 + max(math.ceil(start / 2), 1))
+
+
+@entropic
+def test_evaluation_draws_from_the_policy_or_takes_its_best_action(module):
+    logits, N = torch.tensor([0.0, 2.0, 1.0, -1.0]), 50_000
+    for greedy in (False, True):
+        played = []
+
+        def step(actions, played=played):
+            played.append(torch.tensor(actions))
+            over = np.full(N, len(played) == 4)
+            return np.zeros((N, 1)), np.ones(N), over, over & False, {"reward": np.ones(N), "terminated": over}
+
+        envs = SimpleNamespace(num_envs=N, reset=lambda: (np.zeros((N, 1)), {}), step=step)
+        agent, generator = (lambda obs: logits.expand(len(obs), 4)), torch.Generator().manual_seed(1)
+        assert module.evaluate(agent, envs, generator, greedy) == [4.0] * N
+        frequencies = torch.bincount(torch.cat(played).long(), minlength=4) / (4 * N)
+        expected = torch.tensor([0.0, 1, 0, 0]) if greedy else logits.softmax(-1)
+        torch.testing.assert_close(frequencies, expected, rtol=0, atol=0.005)
+
+
 def no_gradients(calls):
     """Stands for gradients(): notes the loss in `calls`, and returns gradients of 0, which move nothing."""
 
@@ -269,17 +331,19 @@ def test_every_step_is_followed_by_the_updates_it_owes(module, num_envs, every, 
         assert kinds[: len(pattern)] == pattern and "policy" not in kinds[len(pattern) :]
 
 
-@pytest.mark.parametrize("module", agents_with("update_target"))
+@pytest.mark.parametrize("module", agents_with("update_target") + agents_with("update_target_critics"))
 @pytest.mark.parametrize("train_frequency, frequency", [(4, 8), (4, 10), (3, 1), (1, 5)])
 def test_the_target_network_moves_when_it_is_due(module, train_frequency, frequency):
     """Once in every `frequency` environment steps, or with every update if those are rarer; by tau of the way."""
     agent = SimpleNamespace(updates=torch.zeros((), dtype=torch.int64))
     agent.q_network, agent.target_network = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    agent.critics, agent.target_critics = agent.q_network, agent.target_network
+    move = getattr(module, "update_target", None) or module.update_target_critics
     args, moved = module.Args(train_frequency=train_frequency, target_network_frequency=frequency, tau=0.25), []
     for update in range(1, 21):
         agent.q_network.weight.data.fill_(1)
         agent.target_network.weight.data.fill_(0)
-        module.update_target(agent, args)
+        move(agent, args)
         weight = agent.target_network.weight.item()
         assert weight in (0, 0.25)
         if weight:
