@@ -90,15 +90,8 @@ def agents_with(*names: str) -> list:
 
 
 # Agents whose run folder, checkpoint and command line are those of others to the letter: there, testing these is slow.
-ALIKE = {"ppo_atari", "ppo_atari_lstm", "ppo_continuous_action", "pqn", "pqn_atari", "dqn_atari"}
-ALIKE |= {
-    "td3_continuous_action",
-    "c51",
-    "rainbow_atari",
-    "rpo_continuous_action",
-    "ddpg_continuous_action",
-    "sac_atari",
-}
+ALIKE = {"ppo_atari", "ppo_atari_lstm", "ppo_continuous_action", "pqn", "pqn_atari", "dqn_atari", "sac_atari", "c51"}
+ALIKE |= {"rainbow_atari", "td3_continuous_action", "rpo_continuous_action", "ddpg_continuous_action"}
 
 
 def slow_unless_new(alike=ALIKE) -> list:
