@@ -91,7 +91,7 @@ def agents_with(*names: str) -> list:
 
 # Agents whose run folder, checkpoint and command line are those of others to the letter: there, testing these is slow.
 ALIKE = {"ppo_atari", "ppo_atari_lstm", "ppo_continuous_action", "pqn", "pqn_atari", "dqn_atari", "sac_atari", "c51"}
-ALIKE |= {"rainbow_atari", "td3_continuous_action", "rpo_continuous_action", "ddpg_continuous_action"}
+ALIKE |= {"rainbow_atari", "pqn_atari_lstm", "td3_continuous_action", "rpo_continuous_action", "ddpg_continuous_action"}
 
 
 def slow_unless_new(alike=ALIKE) -> list:

@@ -77,9 +77,31 @@ def play(acts, rollout, rng):
     rollout.host_obs.copy_(torch.tensor(rng.integers(256, size=rollout.host_obs.shape)))
 
 
+def outputs(module, agent, memories, actions):
+    """What acting stores of the agent's outputs, each [batch]: log-probabilities of the actions, if any, and values."""
+    if hasattr(module, "q_lambda"):
+        return [agent(memories).amax(-1)]
+    logprobs, _, values = module.evaluate_actions(agent, memories, actions)
+    return [logprobs, values]
+
+
+def of_rollout(module, rollout, args):
+    """What acting stored of those outputs, and what the loss is to get beside memories, each [T, N]."""
+    rewards, terminations, dones = rollout.outcomes
+    data, values, valid = (rewards, rollout.values, terminations, dones), rollout.values[:-1], 1 - dones[:-1]
+    if hasattr(module, "q_lambda"):
+        return [values], [rollout.actions, module.q_lambda(*data, args.gamma, args.q_lambda), valid]
+    advantages = module.gae(*data, args.gamma, args.gae_lambda)
+    return [rollout.logprobs, values], [rollout.actions, rollout.logprobs, values, advantages, valid]
+
+
 @recurrent
 def test_learning_sees_what_acting_saw(module):
-    """Log-probabilities recomputed from the stored state are those acted on, through ends and over three rollouts."""
+    """Outputs recomputed from the stored state are those acted on, through ends and over three rollouts.
+
+    And each row of a minibatch has its own action, target and mark of a reset row.
+    """
+    loss = "td_loss" if hasattr(module, "td_loss") else "ppo_loss"
     args = module.Args(num_envs=4, num_steps=8, num_minibatches=2, update_epochs=2)
     actions = gymnasium.spaces.Discrete(3)
     pictures = gymnasium.spaces.Box(0, 255, (1, 84, 84), np.uint8)
@@ -94,23 +116,28 @@ def test_learning_sees_what_acting_saw(module):
         module.draw_noise(rollout, torch.Generator().manual_seed(number))
         play(acts, rollout, rng)
 
-        def watch(agent, args, memories, actions, logprobs, *rest):
+        def watch(*inputs):
+            memories, *minibatch = [x for x in inputs if isinstance(x, torch.Tensor)]
             with torch.no_grad():
-                learnt.append((logprobs, module.evaluate_actions(agent, memories, actions)[0]))  # noqa: B023
-            return module.ppo_loss(agent, args, memories, actions, logprobs, *rest)
+                learnt.append((minibatch, outputs(module, agent, memories, minibatch[0])))  # noqa: B023
+            return getattr(module, loss)(*inputs)
 
-        module.update(agent, optimizer, rollout, args, ppo_loss=watch)
-        assert len(learnt) == 4
-        for columns, (logprobs, _) in zip(rollout.permutations.view(4, 2), learnt):
-            assert torch.equal(logprobs, rollout.logprobs[:, columns].flatten()), "whole sequences of two environments"
-        torch.testing.assert_close(*learnt[0], rtol=0, atol=1e-5)  # the ratio starts at 1
-        assert not torch.allclose(*learnt[-1], rtol=0, atol=1e-3), "and moves"
+        module.update(agent, optimizer, rollout, args, **{loss: watch})
+        stored, wanted = of_rollout(module, rollout, args)
+        chunks = rollout.permutations.view(4, 2)
+        for columns, (minibatch, _) in zip(chunks, learnt, strict=True):
+            for given, x in zip(minibatch, wanted, strict=True):
+                assert torch.equal(given, x[:, columns].flatten()), "whole sequences of two environments"
+        for first, last, x in zip(learnt[0][1], learnt[-1][1], stored, strict=True):
+            torch.testing.assert_close(first, x[:, chunks[0]].flatten(), rtol=0, atol=1e-5)  # the ratio starts at 1
+            assert not torch.allclose(last, x[:, chunks[-1]].flatten(), rtol=0, atol=1e-3), "and moves"
         with torch.no_grad():  # the bootstrap too, as if all T + 1 rows were one sequence
             memories, _ = module.remember(before, rollout.obs, state, rollout.outcomes[2])
-            logits, values = before(memories)
-            chosen = logits.log_softmax(-1).view(9, 4, 3)[:-1].gather(-1, rollout.actions[..., None]).squeeze(-1)
+            chosen = torch.cat([rollout.actions, rollout.actions[-1:]]).flatten()  # of the last row there are none
+            *logprobs, values = outputs(module, before, memories, chosen)
             torch.testing.assert_close(rollout.values.flatten(), values, rtol=0, atol=1e-5)
-            torch.testing.assert_close(rollout.logprobs, chosen, rtol=0, atol=1e-5)
+            for x in logprobs:
+                torch.testing.assert_close(rollout.logprobs.flatten(), x[:-4], rtol=0, atol=1e-5)
         ended = rollout.outcomes[2, -2] == 1
         assert torch.equal((rollout.state == 0).all(-1), ended.expand(2, -1))
 
@@ -188,11 +215,13 @@ def play_recall(agent, stack, convolutional, monkeypatch, tmp_path, seed=1):
     return module.main(args)["eval_return_mean"]
 
 
+@recurrent
 @pytest.mark.parametrize("convolutional", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_recalls_what_a_stack_of_pictures_cannot(convolutional, monkeypatch, tmp_path):
+def test_recalls_what_a_stack_of_pictures_cannot(module, convolutional, monkeypatch, tmp_path):
     """Perfect is 1 and guessing 0."""
-    assert play_recall("ppo_atari_lstm", 1, convolutional, monkeypatch, tmp_path) > 0.9
-    assert abs(play_recall("ppo_atari", 4, convolutional, monkeypatch, tmp_path)) < 0.4
+    name = module.__name__
+    assert play_recall(name, 1, convolutional, monkeypatch, tmp_path) > 0.9
+    assert abs(play_recall(name.removesuffix("_lstm"), 4, convolutional, monkeypatch, tmp_path)) < 0.4
 
 
 @recurrent
