@@ -8,17 +8,15 @@
     python agents/pqn_atari_lstm.py --env-id Breakout-v5 --seed 1
 
 Q-learning without a replay buffer and without a target network, which layer normalisation keeps stable. One picture
-instead of four stacked ones, and an LSTM (Hochreiter and Schmidhuber 1997, Neural Computation 9) that remembers the
-others: `diff agents/pqn_atari.py agents/pqn_atari_lstm.py` is what recurrence adds, and settings that suit it.
+instead of four stacked ones, and an LSTM (Hochreiter and Schmidhuber 1997, Neural Computation 9) remembers the others.
 - The state of the LSTM is carried from step to step, across rollouts too, and is zero at an episode's first picture: a
   lost life that ends an episode (--episodic-life) ends the memory of it as well, in training and in evaluation.
 - A minibatch holds whole sequences, all num_steps rows of num_envs / num_minibatches environments, and gradients flow
   through all of them, back to the state that the rollout began with. That one is taken as it was when acting.
 - Environments start anew after --resume, and so do their states.
 
-The defaults are CleanRL's (pqn_atari_envpool_lstm.py), with fewer environments and longer rollouts than the paper has,
-but max_grad_norm is that of the authors' Atari settings. The authors' code (github.com/mttga/purejaxql) has a recurrent
-agent for the game of Craftax, pqn_rnn_craftax.py. Differs from that one in
+The defaults are CleanRL's (pqn_atari_envpool_lstm.py), but max_grad_norm is that of the authors' Atari settings.
+Differs from the authors' recurrent agent (pqn_rnn_craftax.py in github.com/mttga/purejaxql) in
 - targets are computed once a rollout, from the values seen when acting, not anew in every minibatch;
 - the LSTM sees the pictures alone, not the last action beside them;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
