@@ -1,7 +1,9 @@
 """Agents reach a score: seconds-long tasks always, longer ones with --slow."""
 
+import numpy as np
 import pytest
-from conftest import final_json
+from conftest import agents_with, final_json
+from test_recurrent import Recall
 
 
 @pytest.mark.parametrize(
@@ -15,3 +17,28 @@ from conftest import final_json
 def test_learns(agent, env_id, timesteps, least, cli):
     argv = ["--env-id", env_id, "--total-timesteps", timesteps, "--seed", "7", "--run-dir", "run", "--device", "cpu"]
     assert final_json(cli(agent, *argv))["eval_return_mean"] >= least
+
+
+class Sides(Recall):
+    """Recall after two dark pictures: a stack of four shows the side. As in envpool, the first one fills a stack."""
+
+    delay = 2
+
+    def step(self, actions):
+        starting = self.elapsed > self.delay
+        _, rewards, terminations, truncations, infos = super().step(actions)
+        self.obs[starting] = self.obs[starting][:, -1:]
+        return self.obs.copy(), rewards, terminations, truncations, infos | {"lives": np.zeros(self.num_envs, np.int32)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", agents_with("FrameReplay") + agents_with("PrioritizedReplay"))
+def test_learns_from_replayed_pictures(module, monkeypatch, tmp_path):
+    """Perfect is 1 and guessing 0: stacks, actions and rewards from the replay buffer belong together."""
+    monkeypatch.setattr(module, "make_envs", lambda args, num_envs, seed: Sides(num_envs, seed, 4))
+    sizes = {"buffer_size": 3_000, "learning_starts": 200, "total_timesteps": 3_000, "batch_size": 16}
+    sizes |= {"target_network_frequency": 100, "eval_episodes": 200, "exploration_fraction": 0.5, "end_e": 0.05}
+    sizes |= dict.fromkeys(("learning_rate", "q_lr", "policy_lr"), 5e-4)
+    chosen = {name: value for name, value in sizes.items() if hasattr(module.Args, name)}
+    args = module.Args(**chosen, eval_greedy=True, torch_threads=1, device="cpu", run_dir=str(tmp_path / "run"))
+    assert module.main(args)["eval_return_mean"] > 0.9
