@@ -10,10 +10,21 @@ MODES = {"env-only": ("black", "|"), "eager": ("dimgray", "o"), "compile": ("tab
          "cudagraphs": ("tab:orange", "^"), "compile-cudagraphs": ("tab:green", "D")}  # fmt: skip
 LINES = ["-", "--", "-.", (0, (3, 1)), (0, (4, 1, 1, 1, 1, 1))]  # dotted are the scores that others publish
 TIMES = {1: "1 s", 10: "10 s", 60: "1 min", 600: "10 min", 3600: "1 h", 36000: "10 h"}
+OVERVIEW = ("CartPole-v1", "HalfCheetah-v4", "Pong-v5")  # environments in README's picture, where there are curves
 SHARES = {"environments": "#1f4e79", "acting and copying": "#6baed6", "learning": "#fdd49e", "rest": "white"}
 
 
 # ---- learning --------------------------------------------------------------------------------------------------------
+
+
+def line_styles(rows: list[dict]) -> dict:
+    """Colour and line of every agent, the same in all pictures of these rows."""
+    import matplotlib
+
+    agents, color = sorted({row["agent"] for row in rows}), matplotlib.colormaps["tab20"]
+    # ten colours at even places, lighter ones between them
+    return {agent: {"color": color((2 * i + i // 10) % 20), "linestyle": LINES[i % len(LINES)]}
+            for i, agent in enumerate(agents)}  # fmt: skip
 
 
 def plot_learning(rows: list[dict]):
@@ -22,22 +33,18 @@ def plot_learning(rows: list[dict]):
     A row has a `curve` of steps, seconds, the IQM of the seeds and the ends of its band. Rows with settings other than
     the default are thinner lines with the row's mark, without a band.
     """
-    import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    envs, agents = sorted({row["env_id"] for row in rows}), sorted({row["agent"] for row in rows})
-    color = matplotlib.colormaps["tab20"]  # ten colours at even places, lighter ones between them
-    styles = {}
-    for i, agent in enumerate(agents):
-        styles[agent] = {"color": color((2 * i + i // 10) % 20), "linestyle": LINES[i % len(LINES)]}
+    envs, styles = sorted({row["env_id"] for row in rows}), line_styles(rows)
     lines = math.ceil(len(envs) / 3)
-    figure = Figure((WIDTH, 4.2 * lines + 0.2 * math.ceil(len(agents) / 4) + 0.3), layout="constrained", dpi=100)
+    figure = Figure((WIDTH, 4.2 * lines + 0.2 * math.ceil(len(styles) / 4) + 0.3), layout="constrained", dpi=100)
     grid = figure.subplots(2 * lines, 3, squeeze=False)
     for place, axes in enumerate(zip(grid[::2].flat, grid[1::2].flat)):
         if place < len(envs):
             here = [row for row in rows if row["env_id"] == envs[place]]
-            draw_curves(*axes, here, styles)
+            draw_curves(axes[0], here, styles)
+            draw_curves_in_time(axes[1], here, styles, axes[0].get_ylim())
             axes[0].set_title(envs[place])
         for axis in axes:
             axis.set_visible(place < len(envs))
@@ -50,25 +57,68 @@ def plot_learning(rows: list[dict]):
     return figure
 
 
-def draw_curves(above, below, rows: list[dict], styles: dict) -> None:
-    """The curves of one environment, against steps above and against time below."""
-    from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
+def draw_curve(axis, row: dict, along, styles: dict) -> None:
+    """A row's curve and its band along steps or seconds."""
+    *_, means, band = row["curve"]
+    axis.plot(along, means, linewidth=1.1 if row["settings"] else 1.8, **styles[row["agent"]])
+    if band is not None and not row["settings"]:
+        axis.fill_between(along, *band, color=styles[row["agent"]]["color"], alpha=0.2, linewidth=0)
+
+
+def draw_curves(axis, rows: list[dict], styles: dict) -> None:
+    """The curves of one environment against steps, with the published scores."""
+    from matplotlib.ticker import EngFormatter
 
     for row in rows:
-        steps, seconds, means, band = row["curve"]
-        width = 1.1 if row["settings"] else 1.8
-        for axis, along in ((above, steps), (below, seconds)):
-            axis.plot(along, means, linewidth=width, **styles[row["agent"]])
-            if band is not None and not row["settings"]:
-                axis.fill_between(along, *band, color=styles[row["agent"]]["color"], alpha=0.2, linewidth=0)
-        above.annotate(row["mark"], (steps[-1], means[-1]), fontsize=8, va="center")
-    mark_published(above, {row["agent"]: row["published"]["mean"] for row in rows if row["published"]}, styles)
-    above.set(xlabel="environment steps", xlim=(0, None))
-    above.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 1.5M
-    below.set(xscale="log", xlabel="wall-clock time", ylim=above.get_ylim())
-    below.xaxis.set_major_locator(FixedLocator([*TIMES]))
-    below.xaxis.set_minor_locator(NullLocator())
-    below.xaxis.set_major_formatter(lambda seconds, _: TIMES.get(round(seconds), ""))
+        steps, _, means, _ = row["curve"]
+        draw_curve(axis, row, steps, styles)
+        axis.annotate(row["mark"], (steps[-1], means[-1]), fontsize=8, va="center")
+    mark_published(axis, {row["agent"]: row["published"]["mean"] for row in rows if row["published"]}, styles)
+    axis.set(xlabel="environment steps", xlim=(0, None))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 1.5M
+
+
+def draw_curves_in_time(axis, rows: list[dict], styles: dict, ylim: tuple[float, float]) -> None:
+    """The same curves against wall-clock time."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    for row in rows:
+        draw_curve(axis, row, row["curve"][1], styles)
+    axis.set(xscale="log", xlabel="wall-clock time", ylim=ylim)
+    axis.xaxis.set_major_locator(FixedLocator([*TIMES]))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(lambda seconds, _: TIMES.get(round(seconds), ""))
+
+
+def plot_overview(rows: list[dict], ratios: list[tuple[str, float]]):
+    """README's picture: the curves of OVERVIEW and, at the right, how fast agents are beside Stable-Baselines3.
+
+    `rows` are those of plot_learning; `ratios` have a label and a ratio of SPS each.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    styles, envs = line_styles(rows), [env_id for env_id in OVERVIEW if any(row["env_id"] == env_id for row in rows)]
+    figure = Figure((WIDTH, 3.1), layout="constrained", dpi=100)
+    *panels, bars = figure.subplots(1, len(envs) + 1, squeeze=False)[0]
+    for axis, env_id in zip(panels, envs):
+        draw_curves(axis, [row | {"mark": ""} for row in rows if row["env_id"] == env_id], styles)
+        axis.set_title(f"{env_id}, return", fontsize=10)
+        axis.grid(alpha=0.3)
+    bars.barh(range(len(ratios)), [ratio for _, ratio in ratios], 0.6, color="tab:blue")
+    for y, (_, ratio) in enumerate(ratios):
+        bars.text(max(1, ratio), y, f" {ratio:.1f} ×", va="center", fontsize=8)
+    bars.axvline(1, color="black", linewidth=1)
+    bars.set_yticks(range(len(ratios)), [label for label, _ in ratios], fontsize=8)
+    bars.set(xlim=(0, 1.25 * max([1, *(ratio for _, ratio in ratios)])), ylim=(len(ratios) - 0.5, -0.5))
+    bars.set_title("steps a second over SB3", fontsize=10)
+    for axis in (*panels, bars):
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    shown = sorted({row["agent"] for row in rows if row["env_id"] in envs})
+    handles = [Line2D([], [], label=agent, linewidth=1.8, **styles[agent]) for agent in shown]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8, handlelength=3.5)
+    return figure
 
 
 def mark_published(axis, figures: dict[str, float], styles: dict) -> None:

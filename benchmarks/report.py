@@ -206,20 +206,26 @@ def agents_table(agents: list[dict], learned: list[dict], setups: dict[str, list
     return f"{markdown(header, cells)}\n\n{textwrap.fill(' '.join(below), 120)}" if agents else "No agents yet."
 
 
+def names(row: dict) -> tuple[str, str]:
+    """The algorithm and the environment of a comparison, as prose has them: DQN, Breakout."""
+    return row["agent"].split("_")[0].upper(), results.base_name(row["peer_settings"]["env_id"])
+
+
 def claim(peers: list[dict]) -> str:
     """README's sentence on speed: the ratios over Stable-Baselines3 under equal settings, machine by machine."""
     faster, others = {}, []
     for row in results.over_sb3(peers):
-        name, env = row["agent"].split("_")[0].upper(), results.base_name(row["peer_settings"]["env_id"])
+        name, env = names(row)
         if min(row["ratios"]) > 1:
             faster.setdefault(row["machine"], []).append(f"{name} {row['ratio']:.1f} × on {env}")
         else:
             word = "slower" if max(row["ratios"]) < 1 else "as fast"
-            others.append(f"{name} on {env} is {word} ({row['ratio']:.1f} ×, {row['machine']})")
+            others.append((f"{name} on {env} is {word} ({row['ratio']:.1f} ×", row["machine"]))
     if not faster:
         return "No results yet."
     peer = results.over_sb3(peers)[-1]["peer"].replace("stable-baselines3==", "Stable-Baselines3 ")
     text = f"With equal hyperparameters on the same CPU, the agents take more steps a second than {peer}: "
+    others = [f"{said})" if {*faster} == {where} else f"{said}, {where})" for said, where in others]
     text += "; ".join([*(f"on {where}, {', '.join(sorted(words))}" for where, words in faster.items()), *others])
     text = textwrap.fill(f"{text}. On Atari ours compute in bf16, theirs in fp32.", 120)
     return text + "\n[How it was measured](benchmarks/README.md#peers), [all turns](benchmarks/peers.jsonl)."
@@ -253,8 +259,11 @@ def collect(root: Path) -> tuple[dict, dict]:
     page = {"learning": learning_table(learned), "peers": peers_table(peers), "fps": full_table(speeds)}
     pages = {path: fill(path, blocks) for path, blocks in ((root / "README.md", readme), (folder / "README.md", page))}
     drawn, ratios = {}, {row["agent"]: row["ratio"] for row in results.over_sb3(peers)}
+    labels = [(" on ".join(names(row)), row["ratio"]) for row in results.over_sb3(peers)]
     if curves := [row for row in learned if results.curves(row)]:
         sources = [*sorted(training.glob("*.jsonl")), PUBLISHED]
+        overview = lambda: pictures.plot_overview(list(map(results.with_curve, curves)), labels)  # noqa: E731
+        drawn["overview.png"] = [*sources, turns], overview
         drawn["learning.png"] = sources, lambda: pictures.plot_learning(list(map(results.with_curve, curves)))
     if setups:
         drawn["speed.png"] = [runs, turns], lambda: pictures.plot_speed(setups, ratios)

@@ -266,7 +266,7 @@ def test_writes_checks_and_writes_again(project, capsys):
     assert (DATA / "fps_report.md").read_text() in (project / "benchmarks/README.md").read_text()
     written = contents(project)
     drawn = [path for path, content in written.items() if content.startswith(b"\x89PNG")]
-    assert {path.name for path in drawn} == {"learning.png", "speed.png", "iteration_time.png"}
+    assert {path.name for path in drawn} == {"learning.png", "overview.png", "speed.png", "iteration_time.png"}
 
     assert report.main(report.Args(check=True, root=project)) == 0
     for path in drawn:

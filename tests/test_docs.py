@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import report  # noqa: E402
 
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", ROOT / "benchmarks/RECORDS.md"]
-PICTURES = ["iteration_time.png", "learning.png", "speed.png"]
+PICTURES = ["iteration_time.png", "learning.png", "overview.png", "speed.png"]
 MARKERS = {"README.md": ["agents", "claim"], "benchmarks/README.md": ["learning", "peers", "fps"]}
 
 
@@ -64,7 +64,8 @@ def test_every_picture_is_shown_and_no_other_is_kept():
     _, drawn = collected()
     assert sorted(path.name for path in drawn) == PICTURES
     assert sorted(path.name for path in (ROOT / "benchmarks/plots").iterdir()) == PICTURES
-    assert all(f"](plots/{name})" in PAGES[1].read_text() for name in PICTURES)
+    assert "](benchmarks/plots/overview.png)" in PAGES[0].read_text()
+    assert all(f"](plots/{name})" in PAGES[1].read_text() for name in PICTURES if name != "overview.png")
 
 
 @pytest.mark.parametrize("name", PICTURES)
