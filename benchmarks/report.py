@@ -195,9 +195,9 @@ def agents_table(agents: list[dict], learned: list[dict], setups: dict[str, list
             result.append("–")
             if best := fastest[kind].get(name):
                 mark = FOOTNOTES[machines.setdefault(best["machine"], len(machines))]
-                result[-1] = f"{number(best['sps'])} {mark}"
-        cells.append([f"[{name}.py](agents/{name}.py)", about["algorithm"], env_id or "–", *result])
-    header = ["Agent", "Algorithm", "Environment", "Score", "Steps", "Seeds", "Published"]
+                result[-1] = f"{number(best['sps'])}\N{NO-BREAK SPACE}{mark}"
+        cells.append([f"[{name}](agents/{name}.py)", env_id or "–", *result])
+    header = ["Agent", "Environment", "Score", "Steps", "Seeds", "Published"]
     header += [f"SPS, {kind}" for kind in kinds]
     below = ["Score: interquartile mean over the seeds of the return in whole games after training. "
              "SPS: agent steps per second over all environments."]  # fmt: skip

@@ -207,20 +207,16 @@ def over_sb3(rows: list[dict]) -> list[dict]:
 
 
 def describe_agents(folder: Path) -> list[dict]:
-    """Name, algorithm and default environment of every agent, from its docstring's first sentence and its Args."""
+    """Name and default environment of every agent, the latter from its Args."""
     agents = []
     for path in sorted(folder.glob("*.py")):
         try:
             tree = ast.parse(path.read_text())
         except SyntaxError as error:
             fail(f"{path}, line {error.lineno}: {error.msg}")
-        words = " ".join((ast.get_docstring(tree) or "–").split()).partition(". ")[0]
-        words = re.sub(r"^[^.]*?\((\w+)\)", r"\1", words)  # Soft actor-critic (SAC), continuous -> SAC, continuous
-        while len(words) > 30 and "," in words:
-            words = words.rpartition(",")[0]
         fields = [node for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and node.value]
         env_ids = [ast.literal_eval(node.value) for node in fields if getattr(node.target, "id", "") == "env_id"]
-        agents.append({"agent": path.stem, "algorithm": words, "env_id": env_ids[0] if env_ids else None})
+        agents.append({"agent": path.stem, "env_id": env_ids[0] if env_ids else None})
     return agents
 
 

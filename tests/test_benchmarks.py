@@ -235,8 +235,8 @@ def test_agents_table(project):
     lines = (project / "README.md").read_text().splitlines()
     dqn, ppo = (cells(line) for line in lines if line.startswith("| ["))
     gpu = ["–", "–"]
-    assert dqn == ["[dqn_new.py](agents/dqn_new.py)", "A thing", "–", "–", "–", "–", "–", *gpu]
-    assert ppo == ["[ppo.py](agents/ppo.py)", "PPO, of a kind", "A-v1", "20.00", "2,000", "3", "–", "40,000 ¹", "–"]
+    assert dqn == ["[dqn_new](agents/dqn_new.py)", "–", "–", "–", "–", "–", *gpu]
+    assert ppo == ["[ppo](agents/ppo.py)", "A-v1", "20.00", "2,000", "3", "–", "40,000\N{NO-BREAK SPACE}¹", "–"]
     assert any("¹ AMD EPYC 7763, 2 cores." in line for line in lines)
     own = [run(seed, 5.0, args={"lr": 1}) for seed in (1, 2)]
     write_lines(project / "benchmarks/learning/ppo.jsonl", own + [run(seed, 7.0, env_id="C-v1") for seed in (1, 2, 3)])
