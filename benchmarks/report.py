@@ -50,7 +50,7 @@ def visible(text: str) -> int:
 def markdown(header: list[str], cells: list[list[str]]) -> str:
     """A markdown table, columns of numbers to the right; padded, unless its lines would be wider than WIDTH."""
     widths = [max(map(visible, column)) for column in zip(header, *cells)]
-    right = [all(re.match(r"-?\d|–|failed", cell) for cell in column) for column in zip(*cells)]
+    right = [all(re.match(r"\[?-?\d|–|failed", cell) for cell in column) for column in zip(*cells)]
     if sum(widths) + 3 * len(widths) + 1 > WIDTH:
         widths = [3] * len(widths)
 
@@ -97,17 +97,17 @@ def over_published(row: dict) -> str:
 
 def learning_table(rows: list[dict]) -> str:
     """A line for each environment, agent, settings and length; the settings other than the default below."""
-    header = ["Environment", "Agent", "Steps", "Seeds", "IQM (95 % interval)", "Published", "Source", "Ratio"]
+    header = ["Environment", "Agent", "Steps", "Seeds", "IQM (95 % interval)", "Published", "Ratio"]
     cells = []
     for row in rows:
-        score, figure, theirs, source = decimal(row["score"]), row["published"], "–", "–"
+        score, figure, theirs = decimal(row["score"]), row["published"], "–"
         if row["interval"]:
             score += f" ({' to '.join(map(decimal, row['interval']))})"
         if figure:
-            theirs = f"{decimal(figure['mean'])} ± {decimal(figure['std'])} at {millions(figure['steps'])}"
-            source = f"[{figure['source'].split()[0]}]({figure['url']})"
+            theirs = f"[{decimal(figure['mean'])} ± {decimal(figure['std'])}]({figure['url']})"
+            theirs += f" at {millions(figure['steps'])}"
         cells.append([row["env_id"], row["agent"] + row["mark"], millions(row["steps"]), seeds(row), score, theirs,
-                      source, over_published(row)])  # fmt: skip
+                      over_published(row)])  # fmt: skip
     marks = {row["mark"].strip(): row["settings"] for row in rows if row["mark"]}
     return f"{markdown(header, cells)}\n{notes(marks)}".strip() if rows else "No results yet."
 

@@ -192,9 +192,9 @@ def test_learning_table():
     lines = report.learning_table(rows).splitlines()
     low, high = interval(np.array([[1.0, 2, 3, 4, 5]]))
     assert [cells(line) for line in lines[2:4]] == [
-        ["Acrobot-v1", "ppo (1)", "2,000", "1", "-80.00", "-84.00 ± 1.00 at 0.5M", "[B](w)", "1.05"],
-        ["Pong-v5", "ppo", "2,000", "5 (2 unfinished)", f"3.00 ({low:.2f} to {high:.2f})", "20.00 ± 0.20 at 10M",
-         "[A](u)", "0.15"],
+        ["Acrobot-v1", "ppo (1)", "2,000", "1", "-80.00", "[-84.00 ± 1.00](w) at 0.5M", "1.05"],
+        ["Pong-v5", "ppo", "2,000", "5 (2 unfinished)", f"3.00 ({low:.2f} to {high:.2f})", "[20.00 ± 0.20](u) at 10M",
+         "0.15"],
     ]  # fmt: skip
     assert lines[4:] == ["", "- (1) `lr=0.1`"]
 
