@@ -12,7 +12,7 @@ remembers the others: `diff agents/ppo_atari.py agents/ppo_atari_lstm.py` is wha
 - The state of the LSTM is carried from step to step, across rollouts too, and is zero at an episode's first picture: a
   lost life that ends an episode (--episodic-life) ends the memory of it as well, in training and in evaluation.
 - A minibatch holds whole sequences, all num_steps rows of num_envs / num_minibatches environments, and gradients flow
-  through all of them, back to the state that the rollout began with. That one is taken as it was when acting.
+  through all of them, back to the state that the rollout began with. That state is the one from acting.
 - Environments start anew after --resume, and so do their states.
 
 The other defaults are the paper's Atari settings. Differs from the paper in
@@ -202,7 +202,7 @@ class Agent(nn.Module):
         self.critic = layer_init(nn.Linear(LSTM_SIZE, 1), 1)
 
     def hidden(self, obs):
-        """What the convolutional network makes of obs [batch, 1, 84, 84] uint8, [batch, 512]."""
+        """Outputs [batch, 512] of the convolutional network for obs [batch, 1, 84, 84] uint8."""
         pixels = obs.to(self.dtype, memory_format=torch.channels_last) / 255  # fast: channels side by side
         with torch.autocast(obs.device.type, torch.bfloat16, self.dtype is torch.bfloat16, cache_enabled=False):
             return self.network(pixels).float()  # LSTM, heads and losses are always float32
@@ -390,7 +390,7 @@ def update(agent: Agent, optimizer, rollout: Rollout, args: Args, remember=remem
     loss_fn, params, logged = partial(sequence_loss, remember, ppo_loss), list(agent.parameters()), []
     for permutation in rollout.permutations:
         for columns in permutation.chunk(args.num_minibatches):
-            minibatch = (x.index_select(1, columns) for x in batch)  # fast: it copies whole pictures
+            minibatch = (x.index_select(1, columns) for x in batch)  # fast: whole pictures, unlike x[:, columns]
             grads, metrics = gradients(loss_fn, params, agent, args, *minibatch)
             metrics["grad_norm"] = step_optimizer(optimizer, params, grads, args.max_grad_norm)
             logged.append(metrics)

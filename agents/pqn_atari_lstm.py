@@ -7,18 +7,19 @@
 
     python agents/pqn_atari_lstm.py --env-id Breakout-v5 --seed 1
 
-Q-learning without a replay buffer and without a target network, which layer normalisation keeps stable. One picture
+Q-learning without a replay buffer and without a target network: layer normalisation keeps it stable. One picture
 instead of four stacked ones, and an LSTM (Hochreiter and Schmidhuber 1997, Neural Computation 9) remembers the others.
 - The state of the LSTM is carried from step to step, across rollouts too, and is zero at an episode's first picture: a
   lost life that ends an episode (--episodic-life) ends the memory of it as well, in training and in evaluation.
 - A minibatch holds whole sequences, all num_steps rows of num_envs / num_minibatches environments, and gradients flow
-  through all of them, back to the state that the rollout began with. That one is taken as it was when acting.
+  through all of them, back to the state that the rollout began with. That state is the one from acting.
 - Environments start anew after --resume, and so do their states.
 
 The defaults are CleanRL's (pqn_atari_envpool_lstm.py), but max_grad_norm is that of the authors' Atari settings.
 Differs from the authors' recurrent agent (pqn_rnn_craftax.py in github.com/mttga/purejaxql) in
 - targets are computed once a rollout, from the values seen when acting, not anew in every minibatch;
 - the LSTM sees the pictures alone, not the last action beside them;
+- each layer is normalised over its features, not over the batch;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - the reset row that the environments put between two episodes is masked out of the loss, and no target reaches over it;
 - the optimizer is Adam instead of RAdam, which torch does not have as a fused kernel for GPUs;
@@ -218,7 +219,7 @@ class Agent(nn.Module):
         self.register_buffer("epsilon", torch.ones(()))  # probability of a random action; main lowers it
 
     def hidden(self, obs):
-        """What the convolutional network makes of obs [batch, 1, 84, 84] uint8, [batch, 512]."""
+        """Outputs [batch, 512] of the convolutional network for obs [batch, 1, 84, 84] uint8."""
         pixels = obs.to(self.dtype, memory_format=torch.channels_last) / 255  # fast: channels side by side
         with torch.autocast(obs.device.type, torch.bfloat16, self.dtype is torch.bfloat16, cache_enabled=False):
             return self.network(pixels).float()  # LSTM, head and loss are always float32
@@ -295,9 +296,9 @@ def draw_noise(rollout: Rollout, generator: torch.Generator) -> None:
 
 
 def sample_actions(agent: Agent, obs, state, dones, gumbel):
-    """Actions [num_envs] int64, epsilon-greedy, max_a Q(obs, a), and the LSTM's next state.
+    """Epsilon-greedy actions [num_envs] int64, max_a Q(obs, a) [num_envs], and the LSTM's next state.
 
-    argmax(log-probabilities + Gumbel noise) is a draw; state and dones are those of `remember`.
+    argmax(log-probabilities + Gumbel noise) is a draw; state and dones [num_envs] are those of one step of `remember`.
     """
     memories, state = remember(agent, obs[None], state, dones[None])
     q_values = agent(memories)
@@ -382,7 +383,7 @@ def update(agent: Agent, optimizer, rollout: Rollout, args: Args, remember=remem
     loss_fn, params, logged = partial(sequence_td_loss, remember, td_loss), list(agent.parameters()), []
     for permutation in rollout.permutations:
         for columns in permutation.chunk(args.num_minibatches):
-            minibatch = (x.index_select(1, columns) for x in batch)  # fast: it copies whole pictures
+            minibatch = (x.index_select(1, columns) for x in batch)  # fast: whole pictures, unlike x[:, columns]
             grads, metrics = gradients(loss_fn, params, agent, *minibatch)
             metrics["grad_norm"] = step_optimizer(optimizer, params, grads, args.max_grad_norm)
             logged.append(metrics)

@@ -86,7 +86,7 @@ class Args:
     v_min: float = -10.0  # the return of the first atom
     v_max: float = 10.0  # the return of the last atom
     priority_exponent: float = 0.5  # how much more often transitions of a large loss are drawn: 0 draws all alike
-    importance_exponent: float = 0.4  # how far weights make up for that at the start; it rises linearly to 1
+    importance_exponent: float = 0.4  # how far weights undo priority_exponent at the start; it rises linearly to 1
     max_grad_norm: float = 10.0  # largest norm of the gradient
 
     # ---- Speed ----
@@ -195,8 +195,8 @@ def layer_init(layer, std=2**0.5):
 
 
 class NoisyLinear(nn.Module):
-    """A linear layer with noise on its weights, by factors for its inputs and outputs, of a size that is learnt
-    (Fortunato et al. 2018, arXiv 1706.10295, equations 9 to 11).
+    """A linear layer with noise on its weights and biases: its size is learnt, and the noise of a weight is the product
+    of one factor for its input and one for its output (Fortunato et al. 2018, arXiv 1706.10295, equations 9 to 11).
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -208,9 +208,9 @@ class NoisyLinear(nn.Module):
         self.bias_sigma = nn.Parameter(torch.full_like(self.bias, 0.5 * bound))
 
     def forward(self, x, noise):
-        """Outputs [batch, out_features] for x [batch, in_features], noise [in_features + out_features] or a row each.
+        """Outputs [batch, out_features] for x [batch, in_features]; noise: [in_features + out_features], or such rows.
 
-        The noise of a weight is the product of two factors, so that it need not be made: it scales inputs and outputs.
+        The factors scale inputs and outputs, so that no matrix of noise is made.
         """
         noise_in, noise_out = noise.split(self.sizes, -1)
         noisy = F.linear(x * noise_in, self.weight_sigma, self.bias_sigma) * noise_out
@@ -250,7 +250,7 @@ class QNetwork(nn.Module):
 
 
 class Agent(nn.Module):
-    """A network of the distribution of returns `atoms` [num_atoms], and the target network that follows it."""
+    """A network that predicts the distribution of the return on `atoms` [num_atoms], and its target network."""
 
     def __init__(self, num_actions: int, num_atoms=51, v_min=-10.0, v_max=10.0, bf16: bool = False):
         super().__init__()
@@ -262,7 +262,7 @@ class Agent(nn.Module):
         self.noise_size = sum(self.q_network.noise_sizes)
 
     def forward(self, obs, noise):
-        """Q-values [batch, num_actions] for obs [batch, 4, 84, 84] uint8; noise as in QNetwork, 0 for none."""
+        """Q-values [batch, num_actions] for obs [batch, 4, 84, 84] uint8; noise as in QNetwork, zeros for none."""
         return self.q_network(obs, noise).exp() @ self.atoms
 
 
@@ -274,7 +274,8 @@ class Rollout:
 
     `outcomes` are rewards, terminations and dones: what the last actions led to, as obs are; and ages, how many frames
     the game has had before. numpy and envpool touch `host_*`, which is pinned memory where the device is a GPU.
-    `act_noise` has a row for each step and environment, `update_noise` two for each update: one a network.
+    `act_noise` has a row for each step and environment, `update_noise` one for each network in each update, of which
+    the choice of the next actions has no third (unlike Fortunato et al. 2018).
     """
 
     def __init__(self, args: Args, envs, noise_size: int, device: torch.device):
@@ -298,8 +299,8 @@ class PrioritizedReplay(nn.Module):
     terminations and frame. Every frame is kept once; ages[t], how many frames of its game came before, tells which ones
     make up obs[t]. dones[t] is 1 where obs[t] is the last of its episode: the action there did nothing.
 
-    priorities[t] is the probability to draw the transition that begins at obs[t], up to a factor (Schaul et al. 2016,
-    arXiv 1511.05952). It is 0 where none begins, and where a part of it is not there yet or not there any more.
+    priorities[t], by their sum, is the probability to draw the transition that begins at obs[t] (Schaul et al. 2016,
+    arXiv 1511.05952). It is 0 where none begins, where its last step is yet to come, and where a frame is overwritten.
     """
 
     def __init__(self, args: Args, rollout: Rollout, device: torch.device):
@@ -322,7 +323,7 @@ class PrioritizedReplay(nn.Module):
         rings = self.frames, self.rewards, self.terminations, self.dones, self.ages
         for ring, x in zip(rings, (obs[:, -1], *outcomes)):
             ring.index_copy_(0, self.row, x[None])
-        complete = (self.row - self.n_step) % self.num_rows  # new transitions are drawn soon: they get the most
+        complete = (self.row - self.n_step) % self.num_rows  # the largest priority so far, so that it is drawn soon
         self.priorities.index_copy_(0, complete, self.max_priority * (1 - self.dones.index_select(0, complete)))
         self.priorities.index_fill_(0, (self.row + self.depth - 1) % self.num_rows, 0)  # its stack has lost a frame
 
@@ -334,11 +335,13 @@ class PrioritizedReplay(nn.Module):
         """Transitions by their priorities, each [num_updates * batch_size, ...]: obs, actions, n-step returns,
         discounts of the value of next_obs, next_obs, priorities, and places in the flattened priorities.
 
-        random: [num_updates, batch_size] from 0 to 1, each for its own stretch of the sum of all priorities.
+        random: [num_updates, batch_size] float64 in [0, 1). Of the batch_size equal parts of the sum of all priorities,
+        every update draws once from each (Schaul et al. 2016, appendix B.2.1).
         """
         sums = self.priorities.flatten().cumsum(0, dtype=torch.float64)
         strata = torch.arange(1, random.shape[-1] + 1, device=random.device)
-        places = torch.searchsorted(sums, ((strata - random) / random.shape[-1] * sums[-1]).flatten())
+        # without the last sum: a place is found in sums that are not finite, too, and the log can tell of them
+        places = torch.searchsorted(sums[:-1], ((strata - random) / random.shape[-1] * sums[-1]).flatten())
         env, row = places % self.num_envs, places // self.num_envs
 
         def take(ring, row, env=env):
@@ -350,9 +353,9 @@ class PrioritizedReplay(nn.Module):
             back = back.minimum(take(self.ages, row).long()[:, None])
             return take(self.frames, (row[:, None] - back) % self.num_rows, env[:, None])
 
-        last, returns, discounts = row, torch.zeros_like(env, dtype=torch.float32), torch.ones((), device=row.device)
+        last, returns, discounts = row, 0, 1
         for _ in range(self.n_step):
-            ended = take(self.dones, last) == 1  # it stops there
+            ended = take(self.dones, last) == 1  # an episode that is shorter: nothing is added any more
             last = torch.where(ended, last, (last + 1) % self.num_rows)
             returns = returns + torch.where(ended, 0, discounts * take(self.rewards, last))
             discounts = discounts * torch.where(ended, 1, self.gamma * (1 - take(self.terminations, last)))
@@ -366,7 +369,7 @@ class PrioritizedReplay(nn.Module):
 
 
 def draw_factors(noise, generator: torch.Generator) -> None:
-    """Fill noise with normal numbers, of each the root with its sign (Fortunato et al. 2018, equation 11)."""
+    """Fill noise with sgn(x) * sqrt(|x|) of normal numbers x (Fortunato et al. 2018, below equation 11)."""
     noise.normal_(generator=generator)
     noise.copy_(noise.sign() * noise.abs().sqrt())
 
@@ -399,12 +402,12 @@ def project(probs, returns, atoms):
 
 
 def rainbow_loss(agent: Agent, args: Args, noise, obs, actions, returns, discounts, next_obs, priorities):
-    """The divergence of the predicted distribution from its n-step target (Hessel et al. 2018, section 3), weighted
-    (Schaul et al. 2016, section 3.4), over a minibatch; numbers to log, and new priorities.
+    """The divergence of the predicted distribution from its n-step target (Hessel et al. 2018, "The Integrated Agent"),
+    weighted (Schaul et al. 2016, section 3.4), over a minibatch; numbers to log, and the new "priorities" [batch_size].
 
     Every argument from obs on is [batch_size, ...]; noise is [2, noise_size], for the network and the target network.
     """
-    there = priorities > 0  # not so only in a buffer that is still empty
+    there = priorities > 0  # false only while the buffer holds no transition
     weights = there * priorities.clamp(min=1e-9) ** -agent.importance_exponent
     with torch.no_grad():
         best = agent(next_obs, noise[0]).argmax(-1)  # chosen by one network, valued by the other
@@ -450,8 +453,7 @@ def update(agent: Agent, optimizer, replay: PrioritizedReplay, rollout, args: Ar
     """The learning phase: the updates that one iteration owes; returns the means of the metrics."""
     params, logged = list(agent.q_network.parameters()), []
     transitions = replay.sample(rollout.random)  # fast: those of all updates at once
-    minibatches = zip(*(x.split(args.batch_size) for x in transitions))
-    for noise, (*minibatch, places) in zip(rollout.update_noise, minibatches):
+    for noise, *minibatch, places in zip(rollout.update_noise, *(x.split(args.batch_size) for x in transitions)):
         grads, metrics = gradients(rainbow_loss, params, agent, args, noise, *minibatch)
         replay.prioritize(places, metrics.pop("priorities"))
         metrics["grad_norm"] = step_optimizer(optimizer, params, grads, args.max_grad_norm)
@@ -462,7 +464,7 @@ def update(agent: Agent, optimizer, replay: PrioritizedReplay, rollout, args: Ar
 
 @torch.no_grad()
 def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=(), frames=None) -> list[float]:
-    """True returns of one whole game in each environment, with noise or without; none after a `stop`.
+    """True returns of one whole game in each environment, with noise or, if `greedy`, without; none after a `stop`.
 
     `frames`, a list, gets the first 1,000 pictures of the first environment, as PIL images.
     """
@@ -645,7 +647,7 @@ def main(args: Args, stop=()) -> dict:
     check_memory(args, buffer_bytes, device)
     replay, keeps = PrioritizedReplay(args, rollout, device), {"always": math.inf, "auto": 2**30, "never": 0}
     if "replay" in saved:
-        with explained(f"{source}/checkpoint.pt: its replay buffer is not of this --buffer-size and --num-envs"):
+        with explained(f"{source}/checkpoint.pt: its buffer is of another --buffer-size, --num-envs or --n-step"):
             replay.load_state_dict(saved.pop("replay"))
         replay.dones[replay.row] = 1  # no transition leads from games that were left to those that begin now
     elif source and global_step + args.iteration_steps <= args.total_timesteps:
@@ -687,9 +689,9 @@ def main(args: Args, stop=()) -> dict:
     write_file(run_dir / Path(__file__).name, Path(__file__).read_bytes())
     if not source:
         save()
-    rates = (("learning rate", saved["learning_rate"], learning_rate()),)
-    risen = [(name, old, new) for name, old, new in rates if source and new > 1.01 * old]
-    notes = [f"the {name} rises from {old:.3g} to {new:.3g}, following --total-timesteps" for name, old, new in risen]
+    old, new = saved["learning_rate"], learning_rate()
+    rise = f"the learning rate rises from {old:.3g} to {new:.3g}, following --total-timesteps"
+    notes = [rise] if source and new > 1.01 * old else []
     steps = f"{refill * args.iteration_steps} steps, which do not count"
     notes += [f"the replay buffer was not saved: {steps}, fill it anew"] if refill else []
     for note in notes:

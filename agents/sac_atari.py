@@ -12,7 +12,7 @@ Differs from the paper in
   these steps owe are made up for, as many as for one environment;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - the reset row that the environments put between two episodes is masked out of every loss;
-- the entropy is kept at 0.89 of the largest that there is instead of 0.98, as in CleanRL;
+- the target of the entropy is 0.89 of the largest possible one instead of 0.98, as in CleanRL;
 - returns, logged and evaluated, are those of whole games, unclipped, however rewards and lives train the agent.
 """
 
@@ -78,7 +78,7 @@ class Args:
     target_network_frequency: int = 8_000  # environment steps, over all environments, between two updates of the target
     tau: float = 1.0  # how far an update of a target network moves it towards the network: 1 makes it a copy
     autotune: bool = True  # find the alpha that keeps the policy's entropy at its target (-action_dim for real actions)
-    target_entropy_scale: float = 0.89  # that target, as a part of the entropy of uniformly random actions
+    target_entropy_scale: float = 0.89  # target of the entropy, as a part of that of uniformly random actions
     alpha: float = 0.2  # the temperature, the weight of the entropy, under --no-autotune
 
     # ---- Speed ----
@@ -320,7 +320,7 @@ def act(policy, replay: FrameReplay, rollout: Rollout, t: int) -> None:
     rollout.obs.copy_(rollout.host_obs, non_blocking=True)
     rollout.outcomes.copy_(rollout.host_outcomes, non_blocking=True)
     replay.store(rollout.obs, rollout.outcomes)
-    logits = policy(rollout.obs).masked_fill(rollout.exploring, 0)  # while exploring, every action is as likely
+    logits = policy(rollout.obs).masked_fill(rollout.exploring, 0)  # exploring: all actions alike
     rollout.actions.copy_((logits + rollout.gumbel[t]).argmax(-1))  # a draw from the policy
     replay.remember(rollout.actions)
     rollout.host_actions.copy_(rollout.actions, non_blocking=True)
@@ -328,7 +328,7 @@ def act(policy, replay: FrameReplay, rollout: Rollout, t: int) -> None:
 
 def discrete_sac_critic_loss(agent: Agent, args: Args, obs, actions, rewards, terminations, next_obs, valid):
     """The mean squared errors of both critics, added up, over a minibatch, and numbers to log (Christodoulou 2019,
-    equations 4 and 10, without the half: the epsilon of Adam is for errors of this size).
+    equations 4 and 10, without the half, as in CleanRL, whose epsilon of Adam `main` takes over with it).
 
     Every argument is [batch_size, ...]; `valid` is 1 in transitions that count and 0 in others.
     """

@@ -268,3 +268,13 @@ def test_evaluation_is_noisy_unless_it_is_greedy(greedy):
     assert rainbow.evaluate(Agent(), envs, torch.Generator().manual_seed(1), greedy) == [4.0] * N
     noises = torch.stack(noises)
     assert noises.shape == (4, N, 5) and len(noises.unique()) == (1 if greedy else noises.numel())
+
+
+def test_priorities_that_are_not_finite_still_name_places():
+    """The log finds a loss that is not finite only some updates later."""
+    replay = new_replay(2, 20, 3)
+    for _, (obs, outcomes) in zip(range(8), scripted(rainbow, 2, np.random.default_rng(1))):
+        replay.store(torch.tensor(obs), torch.tensor(np.array(outcomes), dtype=torch.float32))
+    _, places = drawn(replay, 4)
+    replay.prioritize(places, torch.full((4,), float("nan")))
+    assert drawn(replay, 4)[1].max() < replay.priorities.numel()
