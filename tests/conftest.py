@@ -27,10 +27,10 @@ NAMES = sorted(path.stem for path in (ROOT / "agents").glob("*.py"))
 SMALL = {
     "num_envs": 4, "num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "eval_episodes": 2, "torch_threads": 1,
     "env_threads": 1, "learning_rate": 0.01, "buffer_size": 1024, "batch_size": 16, "learning_starts": 64,
-    "target_network_frequency": 20,
+    "target_network_frequency": 20, "num_iterations_obs_norm_init": 1,
 }  # fmt: skip
 SMALL_ATARI = {"env_id": "Breakout-v5", "num_envs": 2, "frame_skip": 16, "update_epochs": 1, "learning_rate": 0.001}
-SMALL_ATARI |= {"end_e": 0.3}  # for scores other than 0
+SMALL_ATARI |= {"end_e": 0.3, "episodic_life": True}  # for scores other than 0: envpool presses FIRE in every life
 SMALL_CONTINUOUS = {"env_id": "LunarLanderContinuous-v3", "num_steps": 64}  # quick to end, and to draw
 SMALL_CONTINUOUS |= {"learning_starts": 600}  # some games
 KEPT = {".lock", "config.json", "checkpoint.pt", "summary.json"}  # beside the event file and the copy of the script
@@ -91,7 +91,8 @@ def agents_with(*names: str) -> list:
 
 # Agents whose run folder, checkpoint and command line are those of others to the letter: there, testing these is slow.
 ALIKE = {"ppo_atari", "ppo_atari_lstm", "ppo_continuous_action", "pqn", "pqn_atari", "dqn_atari", "sac_atari", "c51"}
-ALIKE |= {"rainbow_atari", "pqn_atari_lstm", "td3_continuous_action", "rpo_continuous_action", "ddpg_continuous_action"}
+ALIKE |= {"rainbow_atari", "pqn_atari_lstm", "td3_continuous_action", "rpo_continuous_action"}
+ALIKE |= {"ddpg_continuous_action", "ppo_rnd_atari"}
 
 
 def slow_unless_new(alike=ALIKE) -> list:

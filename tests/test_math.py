@@ -156,7 +156,7 @@ def act_once(module, agent, monkeypatch, num_envs=200_000, num_actions=4) -> Sim
     return rollout
 
 
-@pytest.mark.parametrize("module", by_actions("ppo_loss", real=False))
+@pytest.mark.parametrize("module", by_actions("ppo_loss", real=False) + agents_with("ppo_rnd_loss"))
 def test_actions_are_drawn_with_the_policys_frequencies(module, monkeypatch):
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     rollout = act_once(module, Table(logits, torch.tensor([7.0])), monkeypatch)
@@ -200,7 +200,7 @@ def test_real_actions_are_gaussian_and_clipped_for_the_environment(module):
     assert torch.equal(drawn.isnan(), broken.isnan()), "and the loss gets what was drawn"
 
 
-@pytest.mark.parametrize("module", agents_with("ppo_loss") + agents_with("q_lambda"))
+@pytest.mark.parametrize("module", agents_with("ppo_loss") + agents_with("ppo_rnd_loss") + agents_with("q_lambda"))
 def test_noise_is_as_told_and_permutations_fresh_every_time(module):
     name = "noise" if continuous(module.__name__) else "gumbel"
     mean, variance = (0, 1) if continuous(module.__name__) else (np.euler_gamma, np.pi**2 / 6)
@@ -692,9 +692,13 @@ def test_bf16_rounds_the_hidden_layers_and_nothing_else(module, network):
 
 
 def whole_batches():
-    """The agents whose update hands gradients() one minibatch of rows after the other: discrete actions, one rank."""
+    """The agents whose update hands gradients() one minibatch of rows after the other: discrete actions, one rank.
+
+    And no second reward: test_curiosity.py has the like for those.
+    """
     modules = [case.values[0] for case in by_actions("gae", real=False) + agents_with("q_lambda")]
     chosen = [m for m in modules if "gradients" in signature(m.update).parameters and not hasattr(m, "sum_over_ranks")]
+    chosen = [m for m in chosen if not hasattr(m, "ppo_rnd_loss")]
     return [pytest.param(module, id=module.__name__) for module in chosen]
 
 

@@ -115,7 +115,8 @@ def test_graphs_give_the_same_weights(agent):
     moved, apart = distances(agent, "emulated")
     assert moved > 0 and apart == 0
     start, end, _ = trained(agent, "eager")
-    assert {name for name in start if torch.equal(start[name], end[name])} <= {"low", "high", "atoms"}
+    fixed = {"low", "high", "atoms"} | {name for name in start if name.startswith("target.")}  # RND's
+    assert {name for name in start if torch.equal(start[name], end[name])} <= fixed
 
 
 @each_agent

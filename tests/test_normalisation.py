@@ -10,7 +10,8 @@ import torch
 from conftest import agent_named, agents_with, read_checkpoint, tiny_args
 
 GAMMA = 0.9
-normalising = pytest.mark.parametrize("module", agents_with("Moments"))
+keeping = pytest.mark.parametrize("module", agents_with("Moments"))
+normalising = pytest.mark.parametrize("module", agents_with("Moments", "FlatObservations"))  # vectors
 
 
 def build(module):
@@ -45,7 +46,7 @@ def loop_of_returns(rewards, dones, running):
     return np.array(returns)
 
 
-@normalising
+@keeping
 def test_moments_are_numpys_however_the_rows_arrive(module):
     rng = np.random.default_rng(0)
     rows = torch.tensor(rng.normal([3.0, -200.0, 0.0], [1.0, 5.0, 0.0], size=(90, 3)), dtype=torch.float32)
@@ -61,7 +62,7 @@ def test_moments_are_numpys_however_the_rows_arrive(module):
     np.testing.assert_allclose(moments.var, kept.var(0), rtol=1e-4)
 
 
-@normalising
+@keeping
 def test_discounted_returns_are_the_loop_and_go_on_over_rollouts(module):
     rewards, _, dones = map(torch.tensor, random_outcomes(40, 5, seed=2, last_dones=np.arange(5) % 2 == 0))
     before = torch.randn(5, dtype=torch.float64)

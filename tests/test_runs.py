@@ -142,6 +142,7 @@ def test_weights_move_and_seed_decides(agent, runs, again):
     assert step == 0 and len(written) >= (2 if "buffer_size" in settings(agent) else 3)  # one after every update
     assert first.keys() == final["agent"].keys()
     still = {key for key in first if torch.equal(first[key], final["agent"][key])}
+    still = {key for key in still if not key.startswith("target.")}  # RND's, which is fixed
     assert still <= {"low", "high", "atoms"}  # limits of actions, returns
 
     done = runs(agent)
