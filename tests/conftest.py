@@ -30,7 +30,8 @@ SMALL = {
     "target_network_frequency": 20, "num_iterations_obs_norm_init": 1,
 }  # fmt: skip
 SMALL_ATARI = {"env_id": "Breakout-v5", "num_envs": 2, "frame_skip": 16, "update_epochs": 1, "learning_rate": 0.001}
-SMALL_ATARI |= {"end_e": 0.3, "episodic_life": True}  # for scores other than 0: envpool presses FIRE in every life
+SMALL_ATARI |= {"end_e": 0.3}  # for scores other than 0
+SMALL_ATARI |= {"episodic_life": True, "sticky_actions": 0.0}  # then envpool presses FIRE in every life, and it counts
 SMALL_CONTINUOUS = {"env_id": "LunarLanderContinuous-v3", "num_steps": 64}  # quick to end, and to draw
 SMALL_CONTINUOUS |= {"learning_starts": 600}  # some games
 KEPT = {".lock", "config.json", "checkpoint.pt", "summary.json"}  # beside the event file and the copy of the script
