@@ -117,7 +117,7 @@ def plot_overview(rows: list[dict], ratios: list[tuple[str, float]]):
         axis.spines[["top", "right"]].set_visible(False)
     shown = sorted({row["agent"] for row in rows if row["env_id"] in envs})
     handles = [Line2D([], [], label=agent, linewidth=1.8, **styles[agent]) for agent in shown]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8, handlelength=3.5)
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8, handlelength=3.5)
     return figure
 
 

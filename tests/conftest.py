@@ -90,6 +90,13 @@ def agents_with(*names: str) -> list:
     return [pytest.param(module, id=module.__name__) for module in chosen]
 
 
+def first_fast(*names: str) -> list:
+    """agents_with(*names), slow but for the first: what is tested is the same code in all of them."""
+    first, *others = (case.values[0] for case in agents_with(*names))
+    slow = [pytest.param(module, id=module.__name__, marks=pytest.mark.slow) for module in others]
+    return [pytest.param(first, id=first.__name__), *slow]
+
+
 # Agents whose run folder, checkpoint and command line are those of others to the letter: there, testing these is slow.
 ALIKE = {"ppo_atari", "ppo_atari_lstm", "ppo_continuous_action", "pqn", "pqn_atari", "dqn_atari", "sac_atari", "c51"}
 ALIKE |= {"rainbow_atari", "pqn_atari_lstm", "td3_continuous_action", "rpo_continuous_action"}

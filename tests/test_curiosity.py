@@ -369,7 +369,8 @@ def walk(agent, convolutional, monkeypatch, tmp_path, **changes):
     return module.main(module.Args(**sizes | machine | {"total_timesteps": 60 * 32 * 16} | changes)), made
 
 
-@pytest.mark.parametrize("convolutional", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("convolutional", [False, True])
 def test_finds_a_reward_that_is_far_away(convolutional, monkeypatch, tmp_path):
     """The agent that is curious always gets there in the end, and the one that is not never does."""
     changes = {"learning_rate": 5e-4, "total_timesteps": 100 * 32 * 16} if convolutional else {}

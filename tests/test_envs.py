@@ -12,7 +12,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, agent_named, agents_with, continuous, final_json, slow_unless_new, tiny_args
+from conftest import NAMES, agent_named, agents_with, continuous, final_json, first_fast, slow_unless_new, tiny_args
 
 ppo, atari = agent_named("ppo"), agent_named("ppo_atari")
 
@@ -281,7 +281,7 @@ def test_an_environment_of_each_family(agent):
     assert len(ids) > len(check_ids(agent, ids)) > 0
 
 
-@pytest.mark.parametrize("module", agents_with("FlatObservations"))
+@pytest.mark.parametrize("module", first_fast("FlatObservations"))
 def test_dictionaries_become_one_vector(module):
     """Entries in the order of the space, nested ones too, without what only a simulator knows."""
     sizes = {"WalkerWalk-v1": 24, "Go1JoystickFlatTerrain-v1": 48, "FrankaKitchen-v1": 59 + 2 * 17}

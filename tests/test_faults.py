@@ -117,7 +117,7 @@ def test_refuses_in_a_process_of_its_own(agent, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@each_agent
+@each_kind
 def test_refuses_a_run_dir_in_use(agent, cli, tmp_path):
     """--run-dir never mixes a run into other files, nor replaces one."""
     (tmp_path / "full").mkdir()
@@ -190,7 +190,7 @@ def test_refuses_a_run_without_a_checkpoint(agent, runs, cli, tmp_path):
         check_failure(cli(agent, flag, "run"), "run/checkpoint.pt is missing")
 
 
-@each_agent
+@each_kind
 def test_resuming_stays_in_its_folder(agent, runs, cli, tmp_path):
     """--resume with another --run-dir, or with --evaluate, is refused and not half obeyed."""
     runs(agent).copy(tmp_path / "run")
@@ -253,7 +253,7 @@ def test_refuses_a_damaged_checkpoint(agent, damage, flag, runs, cli, tmp_path):
 
 
 @both
-@each_agent
+@each_kind
 def test_refuses_the_run_of_another(agent, flag, runs, cli, tmp_path):
     """A run of another agent, or of a network of another shape, is refused and not touched."""
     run_dir = runs(agent).copy(tmp_path / "run")
@@ -278,7 +278,7 @@ def test_refused_resume_changes_nothing(agent, runs, cli, tmp_path):
 # ---- resuming --------------------------------------------------------------------------------------------------------
 
 
-@each_agent
+@pytest.mark.parametrize("agent", slow_unless_new(ALIKE - {"ppo_atari_lstm", "rainbow_atari", "ppo_rnd_atari"}))
 def test_resume_goes_on(agent, runs, cli, tmp_path):
     """A longer --total-timesteps goes on with a finished run: counters, optimizer, curves and time add up.
 
@@ -558,7 +558,7 @@ def test_a_stdout_that_is_closed_or_full(end, number, runs, tmp_path):
         assert process.returncode == 0 and process.stderr == ""
 
 
-@each_agent
+@each_kind
 def test_memory_that_cannot_be_given(agent, cli, tmp_path):
     """Where the data of a run does not fit in memory, a sentence says so; `ulimit -v` stands for a small machine."""
     if not resource or not Path("/proc/self/statm").exists():

@@ -127,6 +127,7 @@ def test_time_limit_ends_a_run_that_hangs(agent, results, capsys):
     assert "the time is up" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_profile_records_one_iteration(agent, results, tmp_path, capsys):
     args = fps.Args(agents=(str(agent),), modes=("eager",), profile=True, profile_dir=tmp_path, results=results)
     assert fps.main(args) == 0 and not results.exists()

@@ -13,11 +13,11 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import NAMES, agent_named, has_compiler, read_checkpoint, settings, tiny
+from conftest import ALIKE, NAMES, agent_named, has_compiler, read_checkpoint, settings, slow_unless_new, tiny
 from emulation import Graph, Recording, emulated_graphs
 
 ITERATIONS = 5  # two as they are, one recorded and replayed, two replayed
-QUICK = ["ppo"]  # agents whose compiled mode takes no --slow; all are traced without it
+QUICK = ["ppo"]  # agents whose compiled mode takes no --slow; others are traced without it
 each_agent = pytest.mark.parametrize("agent", NAMES)
 needs_compiler = pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
 
@@ -106,7 +106,7 @@ def distances(agent, mode, device="cpu"):
     return (flat[1] - flat[0]).norm().item(), (flat[2] - flat[1]).norm().item()
 
 
-@each_agent
+@pytest.mark.parametrize("agent", slow_unless_new({"c51", "ddpg_continuous_action", "rpo_continuous_action"}))
 def test_graphs_give_the_same_weights(agent):
     """Recorded and replayed are the very operations of eager mode: the same bits, whatever changes outside.
 
@@ -119,7 +119,7 @@ def test_graphs_give_the_same_weights(agent):
     assert {name for name in start if torch.equal(start[name], end[name])} <= fixed
 
 
-@each_agent
+@pytest.mark.parametrize("agent", slow_unless_new(ALIKE - {"ppo_atari", "dqn_atari", "pqn"}))
 def test_traced_functions_give_the_same_weights(agent):
     """What torch.compile makes of the functions, before it writes kernels, computes the same."""
     moved, apart = distances(agent, "traced")

@@ -316,7 +316,8 @@ def curve(run_dir) -> np.ndarray:
     return np.array([point.value for point in events.Scalars("charts/episodic_return")])
 
 
-@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=slow) for seed in (2, 3))])
+@slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
 def test_two_ranks_learn_as_fast_as_one_process(seed, start, tmp_path, monkeypatch):
     """As many environments in all, as many steps: the curve is no worse, and the summary counts both ranks' steps."""
     monkeypatch.chdir(tmp_path)
@@ -439,6 +440,7 @@ def test_a_rank_ends_by_itself_when_another_is_gone(number, rank, start, tmp_pat
     assert saved(tmp_path / "run")["global_step"] >= 32
 
 
+@slow
 def test_a_rank_does_not_wait_for_ever_for_one_that_never_starts(start, tmp_path):
     result = start(play, ENDLESS, 0.05, ranks=[0])[0].finish()
     assert result.returncode == 2 and len(result.messages) == 1, result

@@ -7,7 +7,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from conftest import agent_named, agents_with
+from conftest import agent_named, agents_with, first_fast
 
 recurrent = pytest.mark.parametrize("module", agents_with("remember"))
 
@@ -215,7 +215,7 @@ def play_recall(agent, stack, convolutional, monkeypatch, tmp_path, seed=1):
     return module.main(args)["eval_return_mean"]
 
 
-@recurrent
+@pytest.mark.parametrize("module", first_fast("remember"))
 @pytest.mark.parametrize("convolutional", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_recalls_what_a_stack_of_pictures_cannot(module, convolutional, monkeypatch, tmp_path):
     """Perfect is 1 and guessing 0."""

@@ -178,7 +178,7 @@ def test_films_an_episode(agent, runs, cli, tmp_path):
     assert not list(folder.glob("*.tmp"))
 
 
-@each_agent
+@each_kind
 def test_evaluates_a_run(agent, runs, cli, tmp_path):
     """--evaluate scores the trained weights as the run itself did, every time the same, and changes no file."""
     done = runs(agent)
