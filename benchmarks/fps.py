@@ -48,6 +48,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results.jsonl"
 WARM_UP = 3  # iterations that come before those that an agent's SPS counts
 STARTS = 1000  # steps, at most, before the first update of an agent with a replay buffer: they say nothing of its speed
+SHORT = {"num_iterations_obs_norm_init": 1}  # settings, of agents that have them, of what comes before training
 TINY = {"num_steps": 16, "torch_threads": 1, "env_threads": 1}  # settings in a rehearsal, of agents that have them
 FIRST = ("ppo_atari", "pqn_atari", "ppo_continuous_action", "sac_continuous_action")  # of the gpu suite
 FIGURES = ("agent_command", "env_id", "frame_skip", "device", "num_envs", "sps", "sps_rollout", "sps_update",
@@ -279,8 +280,8 @@ def measure(
     """
     flags = ["--device", args.device, *([] if num_envs is None else ["--num-envs", str(num_envs)])]
     flags += shlex.split(args.agent_flags)
-    tiny = [name for name in TINY if args.rehearse and f"\n    {name}: int" in agent.read_text()]
-    flags += [f"--{name.replace('_', '-')}={TINY[name]}" for name in tiny]
+    small = SHORT | (TINY if args.rehearse else {})
+    flags += [f"--{name.replace('_', '-')}={small[name]}" for name in small if f"\n    {name}: int" in agent.read_text()]
     if mode == "env-only":
         return run("env_only", agent, args.seconds, *flags, timeout=timeout)
     if "sps" not in known:
