@@ -281,7 +281,8 @@ def measure(
     flags = ["--device", args.device, *([] if num_envs is None else ["--num-envs", str(num_envs)])]
     flags += shlex.split(args.agent_flags)
     small = SHORT | (TINY if args.rehearse else {})
-    flags += [f"--{name.replace('_', '-')}={small[name]}" for name in small if f"\n    {name}: int" in agent.read_text()]
+    there = [name for name in small if f"\n    {name}: int" in agent.read_text()]
+    flags += [f"--{name.replace('_', '-')}={small[name]}" for name in there]
     if mode == "env-only":
         return run("env_only", agent, args.seconds, *flags, timeout=timeout)
     if "sps" not in known:
