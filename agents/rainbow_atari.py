@@ -397,8 +397,11 @@ def project(probs, returns, atoms):
 
     Each probability is shared out between the two atoms next to its return (Bellemare et al. 2017, equation 7).
     """
-    distance = (returns.clamp(atoms[0], atoms[-1])[:, None] - atoms[:, None]).abs() / (atoms[1] - atoms[0])
-    return ((1 - distance).clamp(min=0) * probs[:, None]).sum(-1)
+    places = (returns.clamp(atoms[0], atoms[-1]) - atoms[0]) / (atoms[1] - atoms[0])
+    below = places.long()
+    above, share = (below + 1).clamp(max=len(atoms) - 1), places - below
+    projected = torch.zeros_like(probs).scatter_add(1, below, probs * (1 - share))
+    return projected.scatter_add(1, above, probs * share)
 
 
 def rainbow_loss(agent: Agent, args: Args, noise, obs, actions, returns, discounts, next_obs, priorities):
