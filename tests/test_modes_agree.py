@@ -16,6 +16,7 @@ import torch
 from conftest import ALIKE, NAMES, agent_named, has_compiler, read_checkpoint, settings, slow_unless_new, tiny
 from emulation import Graph, Recording, emulated_graphs
 
+TWINS = {"c51", "ddpg_continuous_action", "rpo_continuous_action", "sac_atari"}  # others run their kind of step
 ITERATIONS = 5  # two as they are, one recorded and replayed, two replayed
 QUICK = ["ppo"]  # agents whose compiled mode takes no --slow; others are traced without it
 each_agent = pytest.mark.parametrize("agent", NAMES)
@@ -106,7 +107,7 @@ def distances(agent, mode, device="cpu"):
     return (flat[1] - flat[0]).norm().item(), (flat[2] - flat[1]).norm().item()
 
 
-@pytest.mark.parametrize("agent", slow_unless_new({"c51", "ddpg_continuous_action", "rpo_continuous_action"}))
+@pytest.mark.parametrize("agent", slow_unless_new(TWINS))
 def test_graphs_give_the_same_weights(agent):
     """Recorded and replayed are the very operations of eager mode: the same bits, whatever changes outside.
 
