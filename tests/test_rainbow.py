@@ -102,10 +102,10 @@ def test_transitions_are_drawn_as_often_as_their_priorities_say():
 def test_the_rarest_is_drawn_from_a_million():
     """A sum of float32 would lose it."""
     replay = new_replay(1, 1_000_000, 3)
-    replay.priorities.fill_(1)
+    replay.priorities.fill_(0.01)[0] = 1e6
     place = 900_000
     sums = replay.priorities.flatten().double().cumsum(0)
-    random = 1 - (sums[place] - 0.5) / sums[-1]
+    random = 1 - (sums[place] - 0.005) / sums[-1]
     assert replay.sample(random[None, None])[-1].tolist() == [place]
     ends = torch.tensor([[0, 1 - 2**-53]], dtype=torch.float64)  # the least and the most that a draw can be
     assert replay.sample(ends)[-1].max() < replay.priorities.numel()
