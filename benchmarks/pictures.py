@@ -135,9 +135,8 @@ def mark_published(axis, figures: dict[str, float], styles: dict) -> None:
     axis.set_ylim(low, high + near)
     for group in groups:
         place = group[-1][1] if group[-1][1] < high - near else high - 0.3 * near  # near the top: above the curves
-        scores = " to ".join(
-            dict.fromkeys(f"{mean:,.{'4g' if abs(mean) < 1e4 else '0f'}}" for _, mean in (group[0], group[-1]))
-        )
+        ends = [f"{mean:,.4g}" if abs(mean) < 1e4 else f"{mean:,.0f}" for _, mean in (group[0], group[-1])]
+        scores = " to ".join(dict.fromkeys(ends))
         color = styles[group[0][0]]["color"] if len(group) == 1 else "black"
         axis.annotate(f"published {scores}", (0.02, place), (0, 1), fontsize=8, color=color, va="bottom",
                       xycoords=("axes fraction", "data"), textcoords="offset points",

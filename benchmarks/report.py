@@ -258,13 +258,17 @@ def collect(root: Path) -> tuple[dict, dict]:
     readme = {"agents": agents_table(agents, learned, setups), "claim": claim(peers)}
     page = {"learning": learning_table(learned), "peers": peers_table(peers), "fps": full_table(speeds)}
     pages = {path: fill(path, blocks) for path, blocks in ((root / "README.md", readme), (folder / "README.md", page))}
-    drawn, ratios = {}, {row["agent"]: row["ratio"] for row in results.over_sb3(peers)}
-    labels = [(" on ".join(names(row)), row["ratio"]) for row in results.over_sb3(peers)]
-    if curves := [row for row in learned if results.curves(row)]:
+    drawn, over = {}, results.over_sb3(peers)
+    ratios = {row["agent"]: row["ratio"] for row in over}
+    labelled = [(" on ".join(names(row)), row["ratio"]) for row in over]
+
+    def curves() -> list[dict]:  # takes a while, so only where a picture is drawn
+        return [results.with_curve(row) for row in learned if results.curves(row)]
+
+    if any(results.curves(row) for row in learned):
         sources = [*sorted(training.glob("*.jsonl")), PUBLISHED]
-        overview = lambda: pictures.plot_overview(list(map(results.with_curve, curves)), labels)  # noqa: E731
-        drawn["overview.png"] = [*sources, turns], overview
-        drawn["learning.png"] = sources, lambda: pictures.plot_learning(list(map(results.with_curve, curves)))
+        drawn["overview.png"] = [*sources, turns], lambda: pictures.plot_overview(curves(), labelled)
+        drawn["learning.png"] = sources, lambda: pictures.plot_learning(curves())
     if setups:
         drawn["speed.png"] = [runs, turns], lambda: pictures.plot_speed(setups, ratios)
         drawn["iteration_time.png"] = [runs], lambda: pictures.plot_iteration(setups)
