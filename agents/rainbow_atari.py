@@ -41,8 +41,7 @@ from typing import Literal
 import gymnasium
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F  # other packages are imported where they are used: a trained Agent loads without them
+import torch.nn as nn  # other packages are imported where they are used: a trained Agent loads without them
 
 
 @dataclass
@@ -213,8 +212,8 @@ class NoisyLinear(nn.Module):
         The factors scale inputs and outputs, so that no matrix of noise is made.
         """
         noise_in, noise_out = noise.split(self.sizes, -1)
-        noisy = F.linear(x * noise_in, self.weight_sigma, self.bias_sigma) * noise_out
-        return F.linear(x, self.weight, self.bias) + noisy
+        noisy = nn.functional.linear(x * noise_in, self.weight_sigma, self.bias_sigma) * noise_out
+        return nn.functional.linear(x, self.weight, self.bias) + noisy
 
 
 class QNetwork(nn.Module):
