@@ -1,6 +1,6 @@
 """Speed of the agents on this machine, beside that of their environments alone.
 
-    python benchmarks/fps.py --suite quick        # every agent, in under 3 minutes
+    python benchmarks/fps.py --suite quick        # four agents, in under 3 minutes
     python benchmarks/fps.py --suite gpu          # 8 to 256 environments, in under 8 minutes; again: goes on from there
     python benchmarks/fps.py --suite gpu --rehearse --agents ppo_atari     # the same order on a CPU, in tiny runs
     python benchmarks/fps.py --agents ppo my_agent.py --modes eager compile --num-envs 8 32
@@ -50,7 +50,7 @@ WARM_UP = 3  # iterations that come before those that an agent's SPS counts
 STARTS = 1000  # steps, at most, before the first update of an agent with a replay buffer: they say nothing of its speed
 SHORT = {"num_iterations_obs_norm_init": 1}  # settings, of agents that have them, of what comes before training
 TINY = {"num_steps": 16, "torch_threads": 1, "env_threads": 1}  # settings in a rehearsal, of agents that have them
-FIRST = ("ppo_atari", "pqn_atari", "ppo_continuous_action", "sac_continuous_action")  # of the gpu suite
+FIRST = ("ppo_atari", "pqn_atari", "ppo_continuous_action", "sac_continuous_action")  # of both suites
 FIGURES = ("agent_command", "env_id", "frame_skip", "device", "num_envs", "sps", "sps_rollout", "sps_update",
            "compile_seconds", "wall_seconds", "global_step", "host_memory_mib", "device_memory_mib", "cuda", "trace",
            "iteration_steps", "learning_starts", "cache")  # fmt: skip
@@ -95,7 +95,7 @@ class Args:
 
 SUITES = {
     None: Args(),
-    "quick": Args(seconds=2, minutes=2.8),
+    "quick": Args(agents=FIRST, repeats=1, seconds=1, minutes=2.8),
     "gpu": Args(seconds=2, minutes=7.8, modes=("compile-cudagraphs", "eager"), num_envs=(8, 64, 256), resume=True,
                 cache=ROOT / "runs/fps_cache"),
 }  # fmt: skip
@@ -289,7 +289,8 @@ def measure(
         raise RuntimeError("its environments do not run alone")
     size, start = known["iteration_steps"], min(known["learning_starts"], STARTS)
     first = math.ceil(start / size) + (0 if args.rehearse else WARM_UP)  # iterations before those that count
-    counted = max(2, math.ceil(args.seconds * (sps or known["sps"] / 4) / size))  # a quarter is a guess
+    part = 50 if known["learning_starts"] and known.get("device") == "cpu" else 4  # a CPU takes long for its updates
+    counted = max(2, math.ceil(args.seconds * (sps or known["sps"] / part) / size))  # before the first run a guess
     flags += ["--learning-starts", str(start)] if start else []
     flags += ["--mode", "eager" if args.rehearse else mode, "--total-timesteps", str(size * (first + counted))]
     flags += ["--eval-episodes", "0"]

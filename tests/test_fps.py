@@ -164,9 +164,19 @@ def test_suites(monkeypatch):
     assert gpu[12:14] == [(name, "eager", 8) for name in first]  # after all sizes of the fastest mode
     assert gpu[14:] == [("a", mode, n) for n in (8, 64, 256) for mode in ("env-only", fastest)] + [("a", "eager", 8)]
     quick = fps.parse_args(["--suite", "quick", "--repeats", "7"])
-    assert quick.repeats == 7 and quick.minutes < 3
+    assert quick.repeats == 7 and quick.minutes < 3 and quick.agents == fps.FIRST
     modes = [mode for agent, mode, _ in fps.configurations(quick, gpu=False) if agent.name == "a"]
     assert modes == ["env-only", "eager", "compile"]
+
+
+@pytest.mark.parametrize("device, starts, steps", [("cpu", 1000, 1184), ("cuda", 1000, 3024), ("cpu", 0, 2024)])
+def test_the_first_run_is_as_long_as_a_guess_says(device, starts, steps, tmp_path, monkeypatch):
+    """Two seconds at a fiftieth of the environments' speed where a CPU learns from replay, else at a quarter."""
+    taken = []
+    monkeypatch.setattr(fps, "run", lambda *words, **_: taken.extend(words) or {"sps": 1})
+    known = {"sps": 4000.0, "iteration_steps": 8, "learning_starts": starts, "device": device, "num_envs": 8}
+    fps.measure(fps.Args(seconds=2), fps.ROOT / "agents/sac_continuous_action.py", "eager", 8, known, None, tmp_path, 9)
+    assert taken[taken.index("--total-timesteps") + 1] == str(steps)
 
 
 @pytest.fixture
