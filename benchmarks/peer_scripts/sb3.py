@@ -59,8 +59,8 @@ def off_policy(settings: dict, policy: str, envs) -> DQN | SAC | TD3 | DDPG:
     common |= {"seed": 1, "tau": settings["tau"]}
     if settings["algorithm"] == "dqn":
         network = {} if policy == "CnnPolicy" else {"policy_kwargs": {"net_arch": [120, 84]}}
-        frequency = settings["target_network_frequency"]
-        return DQN(policy, envs, target_update_interval=frequency, max_grad_norm=10, **network, **common)
+        network |= {"target_update_interval": settings["target_network_frequency"]}
+        return DQN(policy, envs, max_grad_norm=settings["max_grad_norm"], **network, **common)
     kind = {"sac": SAC, "td3": TD3, "ddpg": DDPG}[settings["algorithm"]]
     return kind(policy, envs, policy_kwargs={"net_arch": [256, 256]}, **common)
 
