@@ -266,7 +266,7 @@ def test_refuses_the_run_of_another(agent, flag, runs, cli, tmp_path):
     check_failure(foreign_env, f"{run_dir}/checkpoint.pt", "environment")
 
 
-@each_agent
+@each_kind
 def test_refused_resume_changes_nothing(agent, runs, cli, tmp_path):
     """A resumption that is refused for another flag leaves the run as it was."""
     runs(agent).copy(tmp_path / "run")

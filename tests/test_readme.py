@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, agent_named, flags, run_agent, script
+from conftest import ROOT, agent_named, flags, script
 
 README = (ROOT / "README.md").read_text()
 SMALL = flags(total_timesteps=4096, num_envs=8, num_steps=64, eval_episodes=1, mode="eager", run_dir="run")
@@ -50,22 +50,22 @@ def play(tmp_path, agent, env_id, *changes):
     return float(result.stdout.splitlines()[-1])
 
 
-def test_a_trained_agent_plays_elsewhere(tmp_path):
-    assert run_agent("ppo", *SMALL, cwd=tmp_path).returncode == 0
+def test_a_trained_agent_plays_elsewhere(cli, tmp_path):
+    assert cli("ppo", *SMALL).returncode == 0
     assert 8 <= play(tmp_path, "ppo", "CartPole-v1") <= 500
 
 
-def test_a_continuous_agent_plays_elsewhere(tmp_path):
+def test_a_continuous_agent_plays_elsewhere(cli, tmp_path):
     small = [*SMALL, "--env-id", "Pendulum-v1"]
-    assert run_agent("ppo_continuous_action", *small, cwd=tmp_path).returncode == 0
+    assert cli("ppo_continuous_action", *small).returncode == 0
     act = "        action = agent(torch.as_tensor(obs)[None])[0].argmax(-1).item()\n"
     changes = (act, f"        {snippet('act: continuous')}")
     assert -2200 < play(tmp_path, "ppo_continuous_action", "Pendulum-v1", changes) < 0
 
 
-def test_an_atari_agent_plays_elsewhere(tmp_path):
+def test_an_atari_agent_plays_elsewhere(cli, tmp_path):
     small = flags(total_timesteps=64, num_envs=2, num_steps=16, eval_episodes=0, mode="eager", run_dir="run")
-    assert run_agent("ppo_atari", *small, cwd=tmp_path).returncode == 0
+    assert cli("ppo_atari", *small).returncode == 0
     make = 'env = gymnasium.make("Pong-v5")\n'
     short = snippet("environment: Atari").replace("frameskip=4", "frameskip=4, max_episode_steps=200")
     changes = (make, short)
