@@ -81,7 +81,7 @@ class Args:
     # ---- Speed ----
     torch_threads: int = 0  # CPU threads of torch; 0 leaves the number to torch
     env_threads: int = 0  # CPU threads of envpool; 0 leaves the number to envpool
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # of the network; auto is bf16 where it is fast
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # auto is bf16 where it is fast; tf32 on a CPU is fp32
 
     def __post_init__(self):
         """Refuse what cannot be meant: tyro prints the sentence of a ValueError and exits with status 2."""

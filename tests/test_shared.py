@@ -16,7 +16,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from conftest import AGENTS, NAMES, ROOT, agent_named, read_checkpoint, script
+from conftest import AGENTS, NAMES, ROOT, agent_named, continuous, read_checkpoint, script, settings
 
 MAY_DIFFER = {
     "Args", "make_envs", "check_envs", "true_game", "Actor", "Critics", "Agent", "QNetwork", "Rollout", "FrameReplay",
@@ -117,6 +117,11 @@ def test_auto_needs_no_compiler_on_a_cpu(module, monkeypatch):
     assert module.Args(device="cpu").mode == "auto"
     with pytest.raises(ValueError, match="compiler"):
         module.Args(device="cpu", mode="compile")
+
+
+@pytest.mark.parametrize("agent", [name for name in NAMES if "precision" in settings(name)])
+def test_a_gpu_computes_in_bf16_on_atari_and_else_in_tf32(agent):
+    assert agent_named(agent).Args().precision == ("tf32" if continuous(agent) else "auto")
 
 
 def load(path, name):
