@@ -10,7 +10,7 @@ from test_recurrent import Recall
     "agent, env_id, timesteps, least",
     [
         ("ppo", "CartPole-v1", 200_000, 450),
-        pytest.param("pqn", "CartPole-v1", 250_000, 450, marks=pytest.mark.slow),
+        pytest.param("pqn", "CartPole-v1", 500_000, 450, marks=pytest.mark.slow),
         pytest.param("ppo", "Acrobot-v1", 500_000, -90, marks=pytest.mark.slow),
     ],
 )
