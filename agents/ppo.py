@@ -41,7 +41,7 @@ import torch.nn as nn  # other packages are imported where they are used: a trai
 class Args:
     # ---- Run ----
     seed: int = 1  # seed of the network, the sampling noise and the environments
-    total_timesteps: int = 400_000  # environment steps to train for, counted over all environments
+    total_timesteps: int = 500_000  # environment steps to train for, counted over all environments
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:N
     mode: Literal["auto", "eager", "compile", "cudagraphs", "compile-cudagraphs"] = "auto"  # how the functions are run
     eval_episodes: int = 20  # whole games played after training for the final score; 0 leaves the evaluation out
