@@ -195,6 +195,7 @@ def gpu_suite(agent, results, tmp_path, monkeypatch):
     return measure
 
 
+@pytest.mark.slow
 def test_gpu_suite_goes_on_where_it_ended(agent, results, gpu_suite, monkeypatch):
     measured = gpu_suite()
     fastest = "compile-cudagraphs"

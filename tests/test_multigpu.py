@@ -427,8 +427,9 @@ def test_two_ranks_go_on_with_a_run_of_one(start, cli, tmp_path):
     assert updates_of(tmp_path / "run") == {8}
 
 
-@pytest.mark.parametrize("number", [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=slow)])
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=slow)])
+@slow
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_ends_by_itself_when_another_is_gone(number, rank, start, tmp_path):
     """Without torchrun as well: killed, the other closes its connections; fallen silent, it meets the time limit."""
     ranks = start(play, ENDLESS, 0.05)
