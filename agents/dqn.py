@@ -178,7 +178,6 @@ class Agent(nn.Module):
             nn.Linear(84, num_actions),
         )  # fmt: skip
         self.target_network = deepcopy(self.q_network).requires_grad_(False)
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))  # of the Q-network, so far
         self.register_buffer("epsilon", torch.ones(()))  # probability of a random action; main lowers it
 
     def forward(self, obs):
@@ -295,13 +294,10 @@ def gradients(loss_fn, params: list, *inputs) -> tuple[list, dict]:
 
 
 @torch.no_grad()
-def update_target(agent: Agent, args: Args) -> None:
-    """Count an update, and move the target network if one is due among the steps that this update was owed for."""
-    agent.updates += 1
-    due = agent.updates * args.train_frequency % args.target_network_frequency < args.train_frequency
-    weight = due * args.tau  # no branch: that would be one of the host, on a tensor
+def update_target(agent: Agent, tau: float) -> None:
+    """Move the target network towards the Q-network by tau of the way: 1 makes it a copy."""
     for target, param in zip(agent.target_network.parameters(), agent.q_network.parameters()):
-        target.lerp_(param, weight)
+        target.lerp_(param, tau)
 
 
 def update(agent: Agent, optimizer, replay: Replay, rollout: Rollout, args: Args, gradients=gradients) -> dict:
@@ -313,7 +309,6 @@ def update(agent: Agent, optimizer, replay: Replay, rollout: Rollout, args: Args
         for param, grad in zip(params, grads):
             param.grad = grad
         optimizer.step()
-        update_target(agent, args)
         logged.append(metrics)
     return {name: torch.stack([metrics[name] for metrics in logged]).mean() for name in logged[0]}
 
@@ -595,6 +590,8 @@ def main(args: Args, stop=()) -> dict:
         if iteration < 0:  # steps that fill the replay buffer anew count for nothing
             continue
         global_step += args.iteration_steps
+        if learning and global_step % args.target_network_frequency < args.iteration_steps:  # a multiple was passed
+            update_target(agent, args.tau)
         progress.update(args.iteration_steps)
         stopping = iteration == iterations - 1 or bool(stop)
         saving = stopping or time.perf_counter() - saved_at > 60 * args.checkpoint_minutes

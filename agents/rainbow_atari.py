@@ -256,7 +256,6 @@ class Agent(nn.Module):
         self.q_network = QNetwork(num_actions, num_atoms, bf16)
         self.target_network = deepcopy(self.q_network).requires_grad_(False)
         self.register_buffer("atoms", torch.linspace(v_min, v_max, num_atoms))
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))  # of the Q-network, so far
         self.register_buffer("importance_exponent", torch.zeros(()))  # main raises it
         self.noise_size = sum(self.q_network.noise_sizes)
 
@@ -442,13 +441,10 @@ def step_optimizer(optimizer, params: list, grads: list, max_grad_norm: float):
 
 
 @torch.no_grad()
-def update_target(agent: Agent, args: Args) -> None:
-    """Count an update, and move the target network if one is due among the steps that this update was owed for."""
-    agent.updates += 1
-    due = agent.updates * args.train_frequency % args.target_network_frequency < args.train_frequency
-    weight = due * args.tau  # no branch: that would be one of the host, on a tensor
+def update_target(agent: Agent, tau: float) -> None:
+    """Move the target network towards the Q-network by tau of the way: 1 makes it a copy."""
     for target, param in zip(agent.target_network.parameters(), agent.q_network.parameters()):
-        target.lerp_(param, weight)
+        target.lerp_(param, tau)
 
 
 def update(agent: Agent, optimizer, replay: PrioritizedReplay, rollout, args: Args, gradients=gradients) -> dict:
@@ -459,7 +455,6 @@ def update(agent: Agent, optimizer, replay: PrioritizedReplay, rollout, args: Ar
         grads, metrics = gradients(rainbow_loss, params, agent, args, noise, *minibatch)
         replay.prioritize(places, metrics.pop("priorities"))
         metrics["grad_norm"] = step_optimizer(optimizer, params, grads, args.max_grad_norm)
-        update_target(agent, args)
         logged.append(metrics)
     return {name: torch.stack([metrics[name] for metrics in logged]).mean() for name in logged[0]}
 
@@ -749,6 +744,8 @@ def main(args: Args, stop=()) -> dict:
         if iteration < 0:  # steps that fill the replay buffer anew count for nothing
             continue
         global_step += args.iteration_steps
+        if learning and global_step % args.target_network_frequency < args.iteration_steps:  # a multiple was passed
+            update_target(agent, args.tau)
         progress.update(args.iteration_steps)
         stopping = iteration == iterations - 1 or bool(stop)
         saving = stopping or time.perf_counter() - saved_at > 60 * args.checkpoint_minutes

@@ -223,7 +223,6 @@ class Agent(nn.Module):
         self.actor, self.critics = PixelNetwork(num_actions, bf16), TwinCritics(num_actions, bf16)
         self.target_critics = deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.zeros(()))
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))  # of the critics, so far
 
     def forward(self, obs):
         """Logits [batch, num_actions] of the policy for obs [batch, 4, 84, 84] uint8."""
@@ -368,13 +367,10 @@ def gradients(loss_fn, params: list, *inputs) -> tuple[list, dict]:
 
 
 @torch.no_grad()
-def update_target_critics(agent: Agent, args: Args) -> None:
-    """Count an update, and move the target critics if one is due among the steps that this update was owed for."""
-    agent.updates += 1
-    due = agent.updates * args.train_frequency % args.target_network_frequency < args.train_frequency
-    weight = due * args.tau  # no branch: that would be one of the host, on a tensor
+def update_target_critics(agent: Agent, tau: float) -> None:
+    """Move the target critics towards the critics by tau of the way: 1 makes them copies."""
     for target, param in zip(agent.target_critics.parameters(), agent.critics.parameters()):
-        target.lerp_(param, weight)
+        target.lerp_(param, tau)
 
 
 def update(agent: Agent, optimizers, replay: FrameReplay, rollout: Rollout, args: Args, gradients=gradients) -> dict:
@@ -395,7 +391,6 @@ def update(agent: Agent, optimizers, replay: FrameReplay, rollout: Rollout, args
             param.grad = grad
         policy_optimizer.step()
 
-        update_target_critics(agent, args)
         logged.append(metrics | policy_metrics)
     return {name: torch.stack([metrics[name] for metrics in logged]).mean() for name in logged[0]}
 
@@ -678,6 +673,8 @@ def main(args: Args, stop=()) -> dict:
         if iteration < 0:  # steps that fill the replay buffer anew count for nothing
             continue
         global_step += args.iteration_steps
+        if learning and global_step % args.target_network_frequency < args.iteration_steps:  # a multiple was passed
+            update_target_critics(agent, args.tau)
         progress.update(args.iteration_steps)
         stopping = iteration == iterations - 1 or bool(stop)
         saving = stopping or time.perf_counter() - saved_at > 60 * args.checkpoint_minutes

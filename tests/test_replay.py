@@ -331,26 +331,38 @@ def test_every_step_is_followed_by_the_updates_it_owes(module, num_envs, every, 
         assert kinds[: len(pattern)] == pattern and "policy" not in kinds[len(pattern) :]
 
 
-@pytest.mark.parametrize("module", agents_with("update_target") + agents_with("update_target_critics"))
-@pytest.mark.parametrize("train_frequency, frequency", [(4, 8), (4, 10), (3, 1), (1, 5)])
-def test_the_target_network_moves_when_it_is_due(module, train_frequency, frequency):
-    """Once in every `frequency` environment steps, or with every update if those are rarer; by tau of the way."""
-    agent = SimpleNamespace(updates=torch.zeros((), dtype=torch.int64))
-    agent.q_network, agent.target_network = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    agent.critics, agent.target_critics = agent.q_network, agent.target_network
-    move = getattr(module, "update_target", None) or module.update_target_critics
-    args, moved = module.Args(train_frequency=train_frequency, target_network_frequency=frequency, tau=0.25), []
-    for update in range(1, 21):
-        agent.q_network.weight.data.fill_(1)
-        agent.target_network.weight.data.fill_(0)
-        move(agent, args)
-        weight = agent.target_network.weight.item()
-        assert weight in (0, 0.25)
-        if weight:
-            moved.append(update * train_frequency)
-    steps = range(train_frequency, 20 * train_frequency + 1, train_frequency)
-    expected = [step for step in steps if step // frequency > (step - train_frequency) // frequency]
-    assert moved == expected and agent.updates == 20
+RARELY = agents_with("update_target") + agents_with("update_target_critics")
+RARELY = [(*case.values, *sizes) for case in RARELY for sizes in [(4, 20), (4, 8), (6, 2), (2, 10)]]
+RARELY = [case for case in RARELY if case[2] == 20 or "atari" not in case[0].__name__]  # pictures take their time
+
+
+@pytest.mark.parametrize("module, train_frequency, frequency", RARELY, ids=lambda x: getattr(x, "__name__", x))
+def test_the_target_network_moves_when_it_is_due(module, train_frequency, frequency, tmp_path, monkeypatch):
+    """After an iteration that learned, if its steps passed a multiple of `frequency`; by tau of the way."""
+    name = "update_target" if hasattr(module, "update_target") else "update_target_critics"
+    of, target = ("critics", "target_critics") if "critics" in name else ("q_network", "target_network")
+    move, update, phases, moved = getattr(module, name), module.update, [], []
+
+    def watch(agent, tau):
+        moved.append(len(phases))
+        network, follower = list(getattr(agent, of).parameters()), list(getattr(agent, target).parameters())
+        for param in network:
+            param.data += 1
+        expected = [old + 0.25 * (new - old) for old, new in zip(follower, network)]
+        move(agent, tau)
+        torch.testing.assert_close([x.detach() for x in follower], [x.detach() for x in expected])
+
+    monkeypatch.setattr(module, "gradients", no_gradients([]))
+    monkeypatch.setattr(module, "update", lambda *inputs: (phases.append(len(moved)), update(*inputs))[1])
+    monkeypatch.setattr(module, name, watch)
+    changes = {"train_frequency": train_frequency, "target_network_frequency": frequency, "tau": 0.25, "num_envs": 2}
+    changes |= {"learning_starts": 12, "total_timesteps": 60, "batch_size": 3, "buffer_size": 60, "eval_episodes": 0}
+    args = tiny_args(module, tmp_path, **changes)
+    module.main(args)
+    size = args.iteration_steps
+    steps = range(12 + size, 61, size)  # the environment steps after each iteration that learned
+    assert len(phases) == len(steps)
+    assert moved == [n for n, step in enumerate(steps, 1) if step // frequency > (step - size) // frequency] != []
 
 
 @real_agents
