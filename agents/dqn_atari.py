@@ -12,7 +12,7 @@ Differs from the paper in
   these steps owe are made up for, as many as for one environment;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - the reset row that the environments put between two episodes is masked out of the loss;
-- Adam on the squared error, the norm of its gradient cut, instead of RMSProp on an error that is cut itself;
+- Adam on the squared error instead of RMSProp on an error that is cut;
 - exploration ends after a tenth of the run, learning starts after 80,000 steps, and the target network follows more
   often, as in CleanRL;
 - returns, logged and evaluated, are those of whole games, unclipped, however rewards and lives train the agent.
@@ -82,7 +82,6 @@ class Args:
     start_e: float = 1.0  # probability of a random action at the start
     end_e: float = 0.01  # probability of a random action from the end of exploration on, and in the evaluation
     exploration_fraction: float = 0.1  # part of the run over which epsilon falls linearly from start_e to end_e
-    max_grad_norm: float = 10.0  # largest norm of the gradient
 
     # ---- Speed ----
     torch_threads: int = 0  # CPU threads of torch; 0 leaves the number to torch
@@ -347,15 +346,6 @@ def gradients(loss_fn, params: list, *inputs) -> tuple[list, dict]:
     return grads, {name: value.detach() for name, value in metrics.items()}
 
 
-def step_optimizer(optimizer, params: list, grads: list, max_grad_norm: float):
-    """One step of the optimizer, all gradients together cut to a norm of max_grad_norm; returns the norm before."""
-    for param, grad in zip(params, grads):
-        param.grad = grad
-    norm = nn.utils.clip_grad_norm_(params, max_grad_norm)
-    optimizer.step()
-    return norm
-
-
 @torch.no_grad()
 def update_target(agent: Agent, tau: float) -> None:
     """Move the target network towards the Q-network by tau of the way: 1 makes it a copy."""
@@ -369,7 +359,9 @@ def update(agent: Agent, optimizer, replay: FrameReplay, rollout: Rollout, args:
     transitions = replay.sample(rollout.random)  # fast: those of all updates at once
     for minibatch in zip(*(x.split(args.batch_size) for x in transitions)):
         grads, metrics = gradients(dqn_loss, params, agent, args, *minibatch)
-        metrics["grad_norm"] = step_optimizer(optimizer, params, grads, args.max_grad_norm)
+        for param, grad in zip(params, grads):
+            param.grad = grad
+        optimizer.step()
         logged.append(metrics)
     return {name: torch.stack([metrics[name] for metrics in logged]).mean() for name in logged[0]}
 
