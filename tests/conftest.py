@@ -207,22 +207,23 @@ def run_agent(agent: str, *argv, cwd: Path | None = None, **options) -> Result:
     return finish(start_agent(agent, *argv, cwd=cwd, **options))
 
 
-def call_main(agent: str, argv, cwd: Path) -> int:
-    """Run an agent's file as `__main__` inside this process: the command line without seconds of imports.
+def call_main(agent: str | Path, argv, cwd: Path) -> int:
+    """Run an agent, or a file, as `__main__` inside this process: the command line without seconds of imports.
 
     An exception that a user would see as a traceback comes out as itself and fails the test.
     """
+    path = str(agent if isinstance(agent, Path) else script(agent))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():  # as outside of pytest: shown on stderr
         warnings.showwarning = lambda message, *_, **__: print(message, file=sys.stderr)
         for category in (DeprecationWarning, PendingDeprecationWarning, ResourceWarning, ImportWarning):
             warnings.simplefilter("ignore", category)
         patch.chdir(cwd)
-        patch.setattr(sys, "argv", [str(script(agent)), *map(str, argv)])
+        patch.setattr(sys, "argv", [path, *map(str, argv)])
         patch.setattr(os, "_exit", sys.exit)
         patch.setattr(threading, "excepthook", threading.excepthook)
         try:
-            runpy.run_path(str(script(agent)), run_name="__main__")
+            runpy.run_path(path, run_name="__main__")
             return 0
         except SystemExit as end:
             return end.code
@@ -235,7 +236,7 @@ def call_main(agent: str, argv, cwd: Path) -> int:
 def cli(tmp_path, capfd):
     """cli(agent, *argv) runs it in this process, in the folder tmp_path, and returns what it ended with."""
 
-    def call(agent: str, *argv) -> Result:
+    def call(agent: str | Path, *argv) -> Result:
         capfd.readouterr()
         status = call_main(agent, argv, tmp_path)
         return Result(status, *capfd.readouterr())

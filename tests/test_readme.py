@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, agent_named, flags, script
 
 README = (ROOT / "README.md").read_text()
-SMALL = flags(total_timesteps=4096, num_envs=8, num_steps=64, eval_episodes=1, mode="eager", run_dir="run")
+SMALL = {"total_timesteps": 4096, "num_envs": 8, "num_steps": 64, "eval_episodes": 1, "mode": "eager", "run_dir": "run"}
 
 
 def snippet(title: str) -> str:
@@ -30,46 +30,39 @@ def edited(title: str) -> str:
 
 
 @pytest.mark.parametrize("title", ["network", "loss", "environment"])
-def test_edits_run(title, tmp_path):
+def test_edits_run(title, cli, tmp_path):
     (tmp_path / "mine.py").write_text(edited(title))
-    command = [sys.executable, "mine.py", *SMALL]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    result = cli(tmp_path / "mine.py", *flags(**SMALL))
     assert result.returncode == 0, result.stderr
     event_file = next((tmp_path / "run").glob("events*")).read_bytes()
     assert (b"losses/value_size" in event_file) == (title == "loss")
 
 
-def play(tmp_path, agent, env_id, *changes):
-    """Run README's lines on a run of the agent, with the changes that README names; returns what they print."""
-    code = snippet("play").replace("runs/my-run", "run")
+def player(agent: str, env_id: str, *changes) -> str:
+    """README's lines for a run of the agent, with the changes that README names."""
+    code = snippet("play").replace("runs/my-run", agent)
     for old, new in (("CartPole-v1", env_id), *changes):
         assert old in code
         code = code.replace(old, new)
+    return code
+
+
+def test_trained_agents_play_elsewhere(cli, tmp_path):
+    """One process plays a discrete, a continuous and an Atari agent, one after another: each takes seconds to start."""
+    act = "        action = agent(torch.as_tensor(obs)[None])[0].argmax(-1).item()\n"
+    atari = snippet("environment: Atari").replace("frameskip=4", "frameskip=4, max_episode_steps=200")
+    code = player("ppo", "CartPole-v1")
+    code += player("ppo_continuous_action", "Pendulum-v1", (act, f"        {snippet('act: continuous')}"))
+    code += player("ppo_atari", "Pong-v5", ('env = gymnasium.make("Pong-v5")\n', atari))
+    small = SMALL | {"eval_episodes": 0}
+    runs = {"ppo": small, "ppo_continuous_action": small | {"env_id": "Pendulum-v1"}}
+    runs["ppo_atari"] = small | {"num_envs": 2, "num_steps": 16, "total_timesteps": 64}
+    for agent, settings in runs.items():
+        assert cli(agent, *flags(**settings | {"run_dir": agent})).returncode == 0
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    return float(result.stdout.splitlines()[-1])
-
-
-def test_a_trained_agent_plays_elsewhere(cli, tmp_path):
-    assert cli("ppo", *SMALL).returncode == 0
-    assert 8 <= play(tmp_path, "ppo", "CartPole-v1") <= 500
-
-
-def test_a_continuous_agent_plays_elsewhere(cli, tmp_path):
-    small = [*SMALL, "--env-id", "Pendulum-v1"]
-    assert cli("ppo_continuous_action", *small).returncode == 0
-    act = "        action = agent(torch.as_tensor(obs)[None])[0].argmax(-1).item()\n"
-    changes = (act, f"        {snippet('act: continuous')}")
-    assert -2200 < play(tmp_path, "ppo_continuous_action", "Pendulum-v1", changes) < 0
-
-
-def test_an_atari_agent_plays_elsewhere(cli, tmp_path):
-    small = flags(total_timesteps=64, num_envs=2, num_steps=16, eval_episodes=0, mode="eager", run_dir="run")
-    assert cli("ppo_atari", *small).returncode == 0
-    make = 'env = gymnasium.make("Pong-v5")\n'
-    short = snippet("environment: Atari").replace("frameskip=4", "frameskip=4, max_episode_steps=200")
-    changes = (make, short)
-    assert -21 <= play(tmp_path, "ppo_atari", "Pong-v5", changes) <= 21
+    cartpole, pendulum, pong = map(float, result.stdout.splitlines()[-3:])
+    assert 8 <= cartpole <= 500 and -2200 < pendulum < 0 and -21 <= pong <= 21
 
 
 def test_every_agent_and_flag_in_readme_exists():
