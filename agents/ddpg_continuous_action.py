@@ -394,7 +394,7 @@ def update(agent: Agent, optimizers, replay: Replay, rollout: Rollout, args: Arg
             param.grad = grad
         policy_optimizer.step()
 
-        with torch.no_grad():  # fast: target.lerp_(param, tau) for all in one call
+        with torch.no_grad():  # fast: one kernel for all, not one for each
             torch._foreach_lerp_(targets, [*q_params, *policy_params], args.tau)
         metrics |= policy_metrics
     return {name: torch.stack([metrics[name] for metrics in logged if name in metrics]).mean() for name in logged[-1]}

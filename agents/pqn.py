@@ -272,7 +272,7 @@ def update(agent: Agent, optimizer, rollout: Rollout, args: Args, gradients=grad
     rollout.obs[-1].copy_(rollout.host_obs, non_blocking=True)
     rollout.outcomes.copy_(rollout.host_outcomes, non_blocking=True)
     rewards, terminations, dones = rollout.outcomes
-    with torch.no_grad():  # fast: one batched pass, instead of a maximum at every step
+    with torch.no_grad():
         values = agent(rollout.obs).amax(-1)
         targets = q_lambda(rewards, values, terminations, dones, args.gamma, args.q_lambda)
     valid = 1 - dones[:-1]  # the action of a reset row did nothing

