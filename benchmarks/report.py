@@ -97,8 +97,8 @@ def over_published(row: dict) -> str:
 
 def learning_table(rows: list[dict]) -> str:
     """A line for each environment, agent, settings and length; the settings other than the default below."""
-    header = ["Environment", "Agent", "Steps", "Seeds", "IQM (95 % interval)", "Published", "Ratio"]
-    cells = []
+    header = ["Environment", "Agent", "Steps", "Seeds", "Minutes", "IQM (95 % interval)", "Published", "Ratio"]
+    cells, machines = [], {}
     for row in rows:
         score, figure, theirs = decimal(row["score"]), row["published"], "–"
         if row["interval"]:
@@ -106,10 +106,17 @@ def learning_table(rows: list[dict]) -> str:
         if figure:
             theirs = f"[{decimal(figure['mean'])} ± {decimal(figure['std'])}]({figure['url']})"
             theirs += f" at {millions(figure['steps'])}"
-        cells.append([row["env_id"], row["agent"] + row["mark"], millions(row["steps"]), seeds(row), score, theirs,
-                      over_published(row)])  # fmt: skip
+        where = sorted({machines.setdefault(results.machine(run), len(machines)) for run in row["runs"]})
+        minutes = number(row["minutes"], ".1f" if row["minutes"] and row["minutes"] < 10 else ",.0f")
+        minutes += "\N{NO-BREAK SPACE}" + "".join(FOOTNOTES[n] for n in where)
+        cells.append([row["env_id"], row["agent"] + row["mark"], millions(row["steps"]), seeds(row), minutes, score,
+                      theirs, over_published(row)])  # fmt: skip
+    if not rows:
+        return "No results yet."
+    below = "Minutes: the median of the runs' wall-clock, with compilation and final games. "
+    below = textwrap.fill(below + " ".join(f"{mark} {name}." for mark, name in zip(FOOTNOTES, machines)), 120)
     marks = {row["mark"].strip(): row["settings"] for row in rows if row["mark"]}
-    return f"{markdown(header, cells)}\n{notes(marks)}".strip() if rows else "No results yet."
+    return f"{markdown(header, cells)}\n\n{below}\n{notes(marks)}".strip()
 
 
 def peers_table(rows: list[dict]) -> str:

@@ -175,6 +175,7 @@ def summarise_learning(records: list[dict], published: list[dict]) -> list[dict]
             "steps": max((run["global_step"] for run in runs), default=0),
             "score": float(iqm(scores)) if len(scores) else None,
             "interval": interval(scores[None]).tolist() if len(scores) > 1 else None,
+            "minutes": float(np.median([run["wall_seconds"] for run in runs])) / 60 if runs else None,
             "published": max(figures, key=lambda figure: figure["mean"], default=None),
         })  # fmt: skip
     return rows

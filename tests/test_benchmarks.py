@@ -185,18 +185,22 @@ PUBLISHED = [
 
 
 def test_learning_table():
-    records = [run(seed, float(seed), env_id="Pong-v5") for seed in (5, 4, 3, 2, 1)]
+    records = [run(seed, float(seed), env_id="Pong-v5", wall_seconds=seed * 60.0) for seed in (5, 4, 3, 2, 1)]
+    records[0] |= {"cores": 1, "wall_seconds": 9000.0}
     records += [run(6, 0.0, env_id="Pong-v5", failed="died"), run(7, 99.0, env_id="Pong-v5", stopped_by="SIGTERM")]
     records += [run(1, -80.0, env_id="Acrobot-v1", args={"lr": 0.1, "total_timesteps": 9, "mode": "eager"})]
     rows = summarise_learning(records, PUBLISHED)
     lines = report.learning_table(rows).splitlines()
     low, high = interval(np.array([[1.0, 2, 3, 4, 5]]))
     assert [cells(line) for line in lines[2:4]] == [
-        ["Acrobot-v1", "ppo (1)", "2,000", "1", "-80.00", "[-84.00 ± 1.00](w) at 0.5M", "1.05"],
-        ["Pong-v5", "ppo", "2,000", "5 (2 unfinished)", f"3.00 ({low:.2f} to {high:.2f})", "[20.00 ± 0.20](u) at 10M",
-         "0.15"],
+        ["Acrobot-v1", "ppo (1)", "2,000", "1", "0.3\xa0¹", "-80.00", "[-84.00 ± 1.00](w) at 0.5M", "1.05"],
+        ["Pong-v5", "ppo", "2,000", "5 (2 unfinished)", "3.0\xa0¹²", f"3.00 ({low:.2f} to {high:.2f})",
+         "[20.00 ± 0.20](u) at 10M", "0.15"],
     ]  # fmt: skip
-    assert lines[4:] == ["", "- (1) `lr=0.1`"]
+    below = "Minutes: the median of the runs' wall-clock, with compilation and final games. "
+    below += "¹ AMD EPYC 7763, 2 cores. ² AMD EPYC 7763, 1 core."
+    assert lines[4] == "" and " ".join(lines[5:7]) == below
+    assert lines[7:] == ["", "- (1) `lr=0.1`"]
 
 
 def test_published_json():
