@@ -207,7 +207,7 @@ def agents_table(agents: list[dict], learned: list[dict], setups: dict[str, list
     header = ["Agent", "Environment", "Score", "Steps", "Seeds", "Published"]
     header += [f"SPS, {kind}" for kind in kinds]
     below = ["Score: interquartile mean over the seeds of the return in whole games after training. "
-             "SPS: agent steps per second over all environments."]  # fmt: skip
+             "SPS: agent steps per second over all environments, in the faster of both modes."]  # fmt: skip
     below += [f"{mark} {name}." for mark, name in zip(FOOTNOTES, machines)]
     below += [f"{star} With [settings of its own](benchmarks/README.md#learning)."] if star else []
     return f"{markdown(header, cells)}\n\n{textwrap.fill(' '.join(below), 120)}" if agents else "No agents yet."
@@ -231,10 +231,12 @@ def claim(peers: list[dict]) -> str:
     if not faster:
         return "No results yet."
     peer = results.over_sb3(peers)[-1]["peer"].replace("stable-baselines3==", "Stable-Baselines3 ")
-    text = f"With equal hyperparameters on the same CPU, the agents take more steps a second than {peer}: "
+    text = f"With equal hyperparameters on the same CPU, the compiled agents take more steps a second than {peer}: "
     others = [f"{said})" if {*faster} == {where} else f"{said}, {where})" for said, where in others]
     text += "; ".join([*(f"on {where}, {', '.join(sorted(words))}" for where, words in faster.items()), *others])
-    text = textwrap.fill(f"{text}. On Atari ours compute in bf16, theirs in fp32.", 120)
+    text += ". DQN on Breakout, DDPG, SAC and TD3 step 8 environments, theirs 1."
+    text += " On Atari ours compute in bf16, theirs in fp32."
+    text = textwrap.fill(text, 120)
     return text + "\n[How it was measured](benchmarks/README.md#peers), [all turns](benchmarks/peers.jsonl)."
 
 
