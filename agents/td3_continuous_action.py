@@ -24,9 +24,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
+import warnings
 from collections import deque
 from contextlib import contextmanager
 from copy import deepcopy
@@ -110,8 +112,13 @@ class Args:
             raise ValueError(f"--device {self.device}: must be one of {', '.join(devices)} on this machine")
         if "cudagraphs" in self.mode and (self.device == "cpu" or not gpus):
             raise ValueError(f"--mode {self.mode}: CUDA graphs need a CUDA device")
-        if "compile" in self.mode and not shutil.which(os.environ.get("CXX", "g++")):
-            raise ValueError(f"--mode {self.mode}: torch.compile needs a C++ compiler, g++ or what CXX names")
+        if "compile" in self.mode and not can_compile():
+            raise ValueError(f"--mode {self.mode}: torch.compile needs a C++ compiler (g++ or CXX) and Python.h")
+
+
+def can_compile() -> bool:
+    """Whether torch.compile can build its code here."""
+    return Path(sysconfig.get_path("include"), "Python.h").exists() and bool(shutil.which(os.environ.get("CXX", "g++")))
 
 
 class UserError(Exception):
@@ -436,7 +443,8 @@ class CudaGraph:
     """A step that runs as it is twice, is recorded as a CUDA graph in its third call, and is replayed from then on.
 
     Recorded are kernels and addresses: shapes must not change, no Python branch may depend on the value of a tensor,
-    and what varies between calls or outlives them is read and written in place, in tensors made elsewhere.
+    and what varies between calls or outlives them is read and written in place, in tensors made elsewhere. The result
+    lies in memory of the graph: the next call overwrites it.
     """
 
     def __init__(self, step, pool):
@@ -547,10 +555,11 @@ def main(args: Args, stop=()) -> dict:
     cuda = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device(args.device if cuda and ":" in args.device else "cuda:0" if cuda else "cpu")
     mode = args.mode if args.mode != "auto" else "compile-cudagraphs" if cuda else "compile"
-    if args.mode == "auto" and not shutil.which(os.environ.get("CXX", "g++")):  # torch.compile needs it
+    if args.mode == "auto" and not can_compile():
         mode = "cudagraphs" if cuda else "eager"
     if cuda:
         torch.cuda.set_device(device)
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable")  # calls before the capture
         torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be recorded on the default one
     wait = torch.cuda.synchronize if cuda else lambda: None
     torch.set_num_threads(args.torch_threads or torch.get_num_threads())
@@ -716,6 +725,7 @@ def main(args: Args, stop=()) -> dict:
     writer.close()
 
     summary |= {"global_step": global_step, "train_return_mean": float(np.mean(returns)) if returns else None}
+    speeds |= {"sps_rollout": None, "sps_update": None} if cuda else {}  # there, the one goes on beside the other
     summary |= speeds | {"compile_seconds": compile_seconds} | final_score(args, agent, device, run_dir, stop)
     summary |= {"notes": notes, "stopped_by": signal.Signals(stop[0]).name if stop else None, "run_dir": str(run_dir)}
     summary["wall_seconds"] = time.perf_counter() - started

@@ -301,5 +301,5 @@ def same_weights(one: dict, other: dict) -> bool:
 
 
 def has_compiler() -> bool:
-    """Whether torch.compile can work here: it needs a C++ compiler, on a GPU as well."""
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
+    """Whether torch.compile can work here: it needs a C++ compiler and Python.h, on a GPU as well."""
+    return AGENTS[0].can_compile()

@@ -588,6 +588,19 @@ def test_compile_without_a_compiler(agent, compiler, cli, tmp_path, monkeypatch)
     assert agent_named(agent).parse_args(tiny(agent, mode="auto")).mode == "auto", "which takes none, then"
 
 
+@each_agent
+def test_compile_without_python_h(agent, tmp_path, monkeypatch):
+    """A distribution's Python often comes without the header that compiled code includes."""
+    module = agent_named(agent)
+    monkeypatch.setenv("CXX", sys.executable)  # whatever runs
+    for headers in (True, False):
+        monkeypatch.setattr(module.sysconfig, "get_path", lambda name: str(tmp_path))
+        (tmp_path / "Python.h").touch() if headers else (tmp_path / "Python.h").unlink()
+        assert module.can_compile() == headers
+    with pytest.raises(ValueError, match="Python.h"):
+        module.Args(device="cpu", mode="compile")
+
+
 # ---- Weights & Biases ------------------------------------------------------------------------------------------------
 
 WANDB = """
