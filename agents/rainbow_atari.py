@@ -15,7 +15,7 @@ Differs from the paper in
 - all updates of a learning phase draw by the priorities from before it, and each environment acts by noise of its own;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - no transition begins at the reset row that the environments put between two episodes, and none reaches across it;
-- the norm of the gradient is cut;
+- noise starts at a fifth of the paper's size, which a footnote there advises; the norm of the gradient is cut;
 - returns, logged and evaluated, are those of whole games, unclipped, however rewards and lives train the agent.
 """
 
@@ -193,13 +193,6 @@ def true_game(terminations, truncations, infos):
     return infos["reward"], (infos["terminated"] != 0) | truncations
 
 
-def layer_init(layer, std=2**0.5):
-    """Orthogonal weights of gain `std`, biases zero."""
-    nn.init.orthogonal_(layer.weight, std)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 class NoisyLinear(nn.Module):
     """A linear layer with noise on its weights and biases: its size is learnt, and the noise of a weight is the product
     of one factor for its input and one for its output (Fortunato et al. 2018, arXiv 1706.10295, equations 9 to 11).
@@ -210,8 +203,8 @@ class NoisyLinear(nn.Module):
         self.sizes, bound = (in_features, out_features), in_features**-0.5
         self.weight = nn.Parameter(torch.empty(out_features, in_features).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(out_features).uniform_(-bound, bound))
-        self.weight_sigma = nn.Parameter(torch.full_like(self.weight, 0.5 * bound))
-        self.bias_sigma = nn.Parameter(torch.full_like(self.bias, 0.5 * bound))
+        self.weight_sigma = nn.Parameter(torch.full_like(self.weight, 0.1 * bound))
+        self.bias_sigma = nn.Parameter(torch.full_like(self.bias, 0.1 * bound))
 
     def forward(self, x, noise):
         """Outputs [batch, out_features] for x [batch, in_features]; noise: [in_features + out_features], or such rows.
@@ -232,9 +225,9 @@ class QNetwork(nn.Module):
         super().__init__()
         self.dtype, self.shape = torch.bfloat16 if bf16 else torch.float32, (num_actions, num_atoms)
         self.network = nn.Sequential(
-            layer_init(nn.Conv2d(4, 32, 8, stride=4)), nn.ReLU(),
-            layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
-            layer_init(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(), nn.Flatten(),
+            nn.Conv2d(4, 32, 8, stride=4), nn.ReLU(),
+            nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),
+            nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(), nn.Flatten(),
         )  # fmt: skip
         self.value = nn.ModuleList([NoisyLinear(7 * 7 * 64, 512), NoisyLinear(512, num_atoms)])
         self.advantage = nn.ModuleList([NoisyLinear(7 * 7 * 64, 512), NoisyLinear(512, num_actions * num_atoms)])
@@ -279,8 +272,7 @@ class Rollout:
 
     `outcomes` are rewards, terminations and dones: what the last actions led to, as obs are; and ages, how many frames
     the game has had before. numpy and envpool touch `host_*`, which is pinned memory where the device is a GPU.
-    `act_noise` has a row for each step and environment, `update_noise` one for each network in each update, of which
-    the choice of the next actions has no third (unlike Fortunato et al. 2018).
+    `act_noise` has a row for each step and environment, `update_noise` one for each of the three passes of an update.
     """
 
     def __init__(self, args: Args, envs, noise_size: int, device: torch.device):
@@ -293,7 +285,7 @@ class Rollout:
         self.obs, self.outcomes = self.host_obs.to(device), self.host_outcomes.to(device)  # on a CPU the very same
         self.actions = torch.zeros(N, dtype=torch.int64, device=device)
         self.act_noise = torch.zeros(T, N, noise_size, device=device)
-        self.update_noise = torch.zeros(args.num_updates, 2, noise_size, device=device)
+        self.update_noise = torch.zeros(args.num_updates, 3, noise_size, device=device)
         self.random = torch.zeros(args.num_updates, args.batch_size, dtype=torch.float64, device=device)
 
 
@@ -413,13 +405,14 @@ def rainbow_loss(agent: Agent, args: Args, noise, obs, actions, returns, discoun
     """The divergence of the predicted distribution from its n-step target (Hessel et al. 2018, "The Integrated Agent"),
     weighted (Schaul et al. 2016, section 3.4), over a minibatch; numbers to log, and the new "priorities" [batch_size].
 
-    Every argument from obs on is [batch_size, ...]; noise is [2, noise_size], for the network and the target network.
+    Every argument from obs on is [batch_size, ...]; noise is [3, noise_size]: for the prediction, the choice of
+    the next actions and their values.
     """
     there = priorities > 0  # false only while the buffer holds no transition
     weights = there * priorities.clamp(min=1e-9) ** -agent.importance_exponent
     with torch.no_grad():
-        best = agent(next_obs, noise[0]).argmax(-1)  # chosen by one network, valued by the other
-        next_probs = agent.target_network(next_obs, noise[1]).exp()
+        best = agent(next_obs, noise[1]).argmax(-1)  # chosen by one network, valued by the other
+        next_probs = agent.target_network(next_obs, noise[2]).exp()
         next_probs = next_probs.take_along_dim(best[:, None, None], 1).squeeze(1)
         targets = project(next_probs, returns[:, None] + discounts[:, None] * agent.atoms, agent.atoms)
     log_probs = agent.q_network(obs, noise[0]).take_along_dim(actions[:, None, None], 1).squeeze(1)

@@ -123,7 +123,7 @@ def test_an_empty_buffer_teaches_nothing():
         __call__ = staticmethod(network)
 
     args = SimpleNamespace(priority_exponent=0.5)
-    loss, metrics = rainbow.rainbow_loss(Agent(**vars(agent)), args, [None, None], *transitions)
+    loss, metrics = rainbow.rainbow_loss(Agent(**vars(agent)), args, [None] * 3, *transitions)
     assert loss == 0 and metrics["priorities"].tolist() == [0] * 4
 
 
@@ -141,7 +141,7 @@ def test_noise_is_that_of_weights_by_factors():
         torch.testing.assert_close(layer(x, rows), torch.stack(expected))
     torch.testing.assert_close(layer(x, torch.zeros(8).double()), x @ layer.weight.T + layer.bias)
     assert layer.weight.abs().max() <= 5**-0.5 and torch.allclose(
-        layer.weight_sigma, torch.tensor(0.5 * 5**-0.5).double()
+        layer.weight_sigma, torch.tensor(0.1 * 5**-0.5).double()
     )
 
 
@@ -204,11 +204,11 @@ def test_the_loss_is_the_papers():
         )
         __call__ = rainbow.Agent.forward
 
-    args, noise, losses, q_values = SimpleNamespace(priority_exponent=0.5), torch.tensor([1.5, 0.5]), [], []
+    args, noise, losses, q_values = SimpleNamespace(priority_exponent=0.5), torch.tensor([1.5, -0.7, 0.5]), [], []
     data = (obs, actions, returns, discounts, next_obs, priorities)
     loss, metrics = rainbow.rainbow_loss(Agent(), args, noise, *map(torch.tensor, data))
     for i in range(num):
-        best = (probabilities(next_obs[i], weights, 1.5) @ atoms).argmax()
+        best = (probabilities(next_obs[i], weights, -0.7) @ atoms).argmax()
         after = probabilities(next_obs[i], targets, 0.5)[best]
         spread = returns[i] + discounts[i] * atoms
         goal = rainbow.project(*map(torch.tensor, (after[None], spread[None], atoms)))[0].numpy()
