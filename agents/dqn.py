@@ -12,7 +12,7 @@ Differs from the paper in
   these steps owe are made up for, as many as for one environment;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - the reset row that the environments put between two episodes is masked out of the loss;
-- Adam on the squared error, its learning rate falling to zero, instead of RMSProp on an error that is cut;
+- Adam on the squared error, its learning rate falling to zero, instead of RMSProp on an error clipped to 1;
 - the final score is played with the epsilon that training ends with.
 """
 
@@ -234,7 +234,7 @@ class Replay(nn.Module):
         for name, x in columns.items():
             self.register_buffer(name, torch.zeros(self.num_rows, *x.shape, dtype=x.dtype, device=device))
         self.register_buffer("row", torch.tensor(-1, device=device))  # where the newest observation is
-        self.register_buffer("complete", torch.tensor(-1, device=device))  # rows that have the next one after them
+        self.register_buffer("complete", torch.tensor(-1, device=device))  # rows to sample from: their next is there
 
     def store(self, obs, outcomes) -> None:
         """Begin a row: the newest obs [num_envs, ...] and the outcomes [3, num_envs] of the actions of the last row."""

@@ -12,9 +12,9 @@ Differs from the paper in
   these steps owe are made up for, as many as for one environment;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - the reset row that the environments put between two episodes is masked out of the loss;
-- Adam on the squared error instead of RMSProp on an error that is cut;
-- exploration ends after a tenth of the run, learning starts after 80,000 steps, and the target network follows more
-  often, as in CleanRL;
+- Adam on the squared error instead of RMSProp on an error clipped to 1;
+- exploration ends after a tenth of the run, at an epsilon of 0.01, which the final score is played with, too; learning
+  starts after 80,000 steps, and the target network follows more often: all as in CleanRL;
 - returns, logged and evaluated, are those of whole games, unclipped, however rewards and lives train the agent.
 """
 
@@ -272,18 +272,18 @@ class FrameReplay(nn.Module):
     def __init__(self, args: Args, rollout: Rollout, device: torch.device):
         super().__init__()
         self.num_envs, self.depth = rollout.obs.shape[:2]
-        self.num_rows = math.ceil(args.buffer_size / args.num_envs) + self.depth  # the oldest complete later stacks
+        self.num_rows = math.ceil(args.buffer_size / args.num_envs) + self.depth  # the oldest are for later stacks
         columns = {"frames": rollout.obs[:, -1], "actions": rollout.actions}  # [num_envs, ...], like the outcomes
         columns |= zip(("rewards", "terminations", "dones", "ages"), rollout.outcomes)
         for name, x in columns.items():
             self.register_buffer(name, torch.zeros(self.num_rows, *x.shape, dtype=x.dtype, device=device))
         self.register_buffer("row", torch.tensor(-1, device=device))  # where the newest frame is
-        self.register_buffer("complete", torch.tensor(-1, device=device))  # rows that have the next one after them
+        self.register_buffer("complete", torch.tensor(-1, device=device))  # rows to sample from: their next is there
 
     def store(self, obs, outcomes) -> None:
         """Begin a row: the newest obs [num_envs, depth, 84, 84] and the outcomes [4, num_envs] that came with them."""
         self.row.add_(1).remainder_(self.num_rows)
-        self.complete.add_(1).clamp_(max=self.num_rows - self.depth)  # less than there are, for all have their frames
+        self.complete.add_(1).clamp_(max=self.num_rows - self.depth)  # the stacks of older rows have lost frames
         rings = self.frames, self.rewards, self.terminations, self.dones, self.ages
         for ring, x in zip(rings, (obs[:, -1], *outcomes)):
             ring.index_copy_(0, self.row, x[None])

@@ -296,8 +296,8 @@ class PrioritizedReplay(nn.Module):
     terminations and frame. Every frame is kept once; ages[t], how many frames of its game came before, tells which ones
     make up obs[t]. dones[t] is 1 where obs[t] is the last of its episode: the action there did nothing.
 
-    priorities[t], by their sum, is the probability to draw the transition that begins at obs[t] (Schaul et al. 2016,
-    arXiv 1511.05952). It is 0 where none begins, where its last step is yet to come, and where a frame is overwritten.
+    priorities[t], over the sum of all, is the probability to draw the transition that begins at obs[t] (Schaul et al.
+    2016, arXiv 1511.05952): 0 where none begins, where its last step is yet to come, and where a frame is overwritten.
     """
 
     def __init__(self, args: Args, rollout: Rollout, device: torch.device):
@@ -337,7 +337,7 @@ class PrioritizedReplay(nn.Module):
         """
         sums = self.priorities.flatten().cumsum(0, dtype=torch.float64)
         strata = torch.arange(1, random.shape[-1] + 1, device=random.device)
-        # without the last sum: a place is found in sums that are not finite, too, and the log can tell of them
+        # without the last sum, so that every place exists even where sums are NaN: the loss tells of it
         places = torch.searchsorted(sums[:-1], ((strata - random) / random.shape[-1] * sums[-1]).flatten())
         env, row = places % self.num_envs, places // self.num_envs
 
@@ -408,7 +408,7 @@ def rainbow_loss(agent: Agent, args: Args, noise, obs, actions, returns, discoun
     Every argument from obs on is [batch_size, ...]; noise is [3, noise_size]: for the prediction, the choice of
     the next actions and their values.
     """
-    there = priorities > 0  # false only while the buffer holds no transition
+    there = priorities > 0  # false while the buffer holds none, and where rounding hit a row without one
     weights = there * priorities.clamp(min=1e-9) ** -agent.importance_exponent
     with torch.no_grad():
         best = agent(next_obs, noise[1]).argmax(-1)  # chosen by one network, valued by the other

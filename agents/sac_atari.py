@@ -79,7 +79,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     target_network_frequency: int = 8_000  # environment steps between two moves of the target, at most one an iteration
     tau: float = 1.0  # how far an update of a target network moves it towards the network: 1 makes it a copy
-    autotune: bool = True  # find the alpha that keeps the policy's entropy at its target (-action_dim for real actions)
+    autotune: bool = True  # learn the alpha that keeps the policy's entropy at its target
     target_entropy_scale: float = 0.89  # target of the entropy, as a part of that of uniformly random actions
     alpha: float = 0.2  # the temperature, the weight of the entropy, under --no-autotune
 
@@ -273,18 +273,18 @@ class FrameReplay(nn.Module):
     def __init__(self, args: Args, rollout: Rollout, device: torch.device):
         super().__init__()
         self.num_envs, self.depth = rollout.obs.shape[:2]
-        self.num_rows = math.ceil(args.buffer_size / args.num_envs) + self.depth  # the oldest complete later stacks
+        self.num_rows = math.ceil(args.buffer_size / args.num_envs) + self.depth  # the oldest are for later stacks
         columns = {"frames": rollout.obs[:, -1], "actions": rollout.actions}  # [num_envs, ...], like the outcomes
         columns |= zip(("rewards", "terminations", "dones", "ages"), rollout.outcomes)
         for name, x in columns.items():
             self.register_buffer(name, torch.zeros(self.num_rows, *x.shape, dtype=x.dtype, device=device))
         self.register_buffer("row", torch.tensor(-1, device=device))  # where the newest frame is
-        self.register_buffer("complete", torch.tensor(-1, device=device))  # rows that have the next one after them
+        self.register_buffer("complete", torch.tensor(-1, device=device))  # rows to sample from: their next is there
 
     def store(self, obs, outcomes) -> None:
         """Begin a row: the newest obs [num_envs, depth, 84, 84] and the outcomes [4, num_envs] that came with them."""
         self.row.add_(1).remainder_(self.num_rows)
-        self.complete.add_(1).clamp_(max=self.num_rows - self.depth)  # less than there are, for all have their frames
+        self.complete.add_(1).clamp_(max=self.num_rows - self.depth)  # the stacks of older rows have lost frames
         rings = self.frames, self.rewards, self.terminations, self.dones, self.ages
         for ring, x in zip(rings, (obs[:, -1], *outcomes)):
             ring.index_copy_(0, self.row, x[None])
@@ -351,7 +351,8 @@ def discrete_sac_critic_loss(agent: Agent, args: Args, obs, actions, rewards, te
 def discrete_sac_policy_loss(agent: Agent, args: Args, obs, valid):
     """The losses of the policy and of the temperature (equations 12 and 11), added up: each trains its own parameters.
 
-    Every argument is [batch_size, ...]; `valid` is 1 in transitions that count and 0 in others.
+    Every argument is [batch_size, ...]; `valid` is 1 in transitions that count and 0 in others. Over actions they are
+    sums, as in the paper; CleanRL takes means, which with Adam's epsilon of 1e-4 makes somewhat smaller steps.
     """
     weights = valid / valid.sum().clamp(min=1)
     logprobs, alpha = agent.actor(obs).log_softmax(-1), agent.log_alpha.exp()

@@ -74,7 +74,7 @@ class Args:
     q_lr: float = 1e-3  # Adam's learning rate of the critics and of the temperature
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # how far an update of a target network moves it towards the network: 1 makes it a copy
-    autotune: bool = True  # find the alpha that keeps the policy's entropy at its target (-action_dim for real actions)
+    autotune: bool = True  # learn the alpha that keeps the policy's entropy at its target
     alpha: float = 0.2  # the temperature, the weight of the entropy, under --no-autotune
 
     # ---- Speed ----
@@ -313,7 +313,7 @@ class Replay(nn.Module):
         for name, x in columns.items():
             self.register_buffer(name, torch.zeros(self.num_rows, *x.shape, dtype=x.dtype, device=device))
         self.register_buffer("row", torch.tensor(-1, device=device))  # where the newest observation is
-        self.register_buffer("complete", torch.tensor(-1, device=device))  # rows that have the next one after them
+        self.register_buffer("complete", torch.tensor(-1, device=device))  # rows to sample from: their next is there
 
     def store(self, obs, outcomes) -> None:
         """Begin a row: the newest obs [num_envs, ...] and the outcomes [3, num_envs] of the actions of the last row."""

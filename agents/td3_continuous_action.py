@@ -303,7 +303,7 @@ class Replay(nn.Module):
         for name, x in columns.items():
             self.register_buffer(name, torch.zeros(self.num_rows, *x.shape, dtype=x.dtype, device=device))
         self.register_buffer("row", torch.tensor(-1, device=device))  # where the newest observation is
-        self.register_buffer("complete", torch.tensor(-1, device=device))  # rows that have the next one after them
+        self.register_buffer("complete", torch.tensor(-1, device=device))  # rows to sample from: their next is there
 
     def store(self, obs, outcomes) -> None:
         """Begin a row: the newest obs [num_envs, ...] and the outcomes [3, num_envs] of the actions of the last row."""
