@@ -212,7 +212,7 @@ class QNetwork(nn.Module):
 
     def forward(self, obs):
         """Q-values [batch, num_actions] for obs [batch, 4, 84, 84] uint8."""
-        pixels = obs.to(memory_format=torch.channels_last).to(self.dtype).div_(255)  # fast: 4 times, by one copy less
+        pixels = obs.to(memory_format=torch.channels_last).to(self.dtype).div_(255)  # fast: in place, 4 times on a CPU
         with torch.autocast(obs.device.type, torch.bfloat16, self.dtype is torch.bfloat16, cache_enabled=False):
             hidden = self.network(pixels).float()  # head and loss are always float32
         return self.head(hidden)
@@ -693,7 +693,7 @@ def main(args: Args, stop=()) -> dict:
 
     agent.epsilon.fill_(args.end_e)
     summary |= {"global_step": global_step, "train_return_mean": float(np.mean(returns)) if returns else None}
-    speeds |= {"sps_rollout": None, "sps_update": None} if cuda else {}  # there, the one goes on beside the other
+    speeds |= {"sps_rollout": None, "sps_update": None} if cuda else {}  # there the two overlap
     summary |= speeds | {"compile_seconds": compile_seconds} | final_score(args, agent, device, run_dir, stop)
     summary |= {"notes": notes, "stopped_by": signal.Signals(stop[0]).name if stop else None, "run_dir": str(run_dir)}
     summary["wall_seconds"] = time.perf_counter() - started

@@ -192,7 +192,7 @@ class Agent(nn.Module):
 
     def forward(self, obs):
         """Logits [batch, num_actions] and values [batch] for obs [batch, 4, 84, 84] uint8."""
-        pixels = obs.to(memory_format=torch.channels_last).to(self.dtype).div_(255)  # fast: 4 times, by one copy less
+        pixels = obs.to(memory_format=torch.channels_last).to(self.dtype).div_(255)  # fast: in place, 4 times on a CPU
         with torch.autocast(obs.device.type, torch.bfloat16, self.dtype is torch.bfloat16, cache_enabled=False):
             hidden = self.network(pixels).float()  # heads and losses are always float32
         return self.actor(hidden), self.critic(hidden).squeeze(-1)

@@ -210,7 +210,7 @@ class Agent(nn.Module):
 
     def hidden(self, obs):
         """Outputs [batch, 512] of the convolutional network for obs [batch, 1, 84, 84] uint8."""
-        pixels = obs.to(memory_format=torch.channels_last).to(self.dtype).div_(255)  # fast: 4 times, by one copy less
+        pixels = obs.to(memory_format=torch.channels_last).to(self.dtype).div_(255)  # fast: in place, 4 times on a CPU
         with torch.autocast(obs.device.type, torch.bfloat16, self.dtype is torch.bfloat16, cache_enabled=False):
             return self.network(pixels).float()  # LSTM, heads and losses are always float32
 

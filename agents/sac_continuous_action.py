@@ -734,7 +734,7 @@ def main(args: Args, stop=()) -> dict:
     writer.close()
 
     summary |= {"global_step": global_step, "train_return_mean": float(np.mean(returns)) if returns else None}
-    speeds |= {"sps_rollout": None, "sps_update": None} if cuda else {}  # there, the one goes on beside the other
+    speeds |= {"sps_rollout": None, "sps_update": None} if cuda else {}  # there the two overlap
     summary |= speeds | {"compile_seconds": compile_seconds} | final_score(args, agent, device, run_dir, stop)
     summary |= {"notes": notes, "stopped_by": signal.Signals(stop[0]).name if stop else None, "run_dir": str(run_dir)}
     summary["wall_seconds"] = time.perf_counter() - started
