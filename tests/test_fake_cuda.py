@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -62,13 +63,14 @@ def fused_adam():
 class CaptureRules(TorchDispatchMode):
     """Watches the operations of a step that is to be captured.
 
-    `pinned`: the host's tensors that it may touch; `known`: those of the device that were there before. `seen` has
-    every operation with the numbers that the host gave it: a graph keeps them.
+    `pinned`: the host's tensors that it may touch. `seen` has every operation with the numbers that the host gave it:
+    a graph keeps them. `dtypes`: the types of all results.
     """
 
     def __init__(self, pinned):
         super().__init__()
         self.pinned, self.count, self.seen = {x.untyped_storage()._cdata for x in pinned}, 0, []
+        self.dtypes = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -89,6 +91,7 @@ class CaptureRules(TorchDispatchMode):
             plain = len({x.dtype for x in inputs + outputs}) == 1 and inputs[-1].is_contiguous()
             assert plain or not from_host, f"{function}: {tuple(x.shape)} is not copied as it lies there"
         self.count += "cuda" in devices
+        self.dtypes |= {x.dtype for x in outputs}
         self.seen.append((str(function), [x for x in tree_leaves((args, kwargs)) if isinstance(x, NUMBERS)]))
         return result
 
@@ -119,6 +122,7 @@ def fake_build(module):
     envs = SimpleNamespace(single_observation_space=space, single_action_space=actions, num_envs=4)
     device = torch.device("cuda:0")
     network = {"obs_shape": space.shape, "num_actions": 3, "action_dim": 3, "low": [-1.0] * 3, "high": [1.0] * 3}
+    network["bf16"] = pixels  # as by default
     with device:
         agent = chosen(module.Agent, network)
     for param in agent.parameters():
@@ -169,12 +173,15 @@ def check_steps(module):
         return x
 
     inside = []
-    fakes = (
-        mock.patch.multiple(torch, zeros=noted_zeros),
-        mock.patch.object(torch.autograd, "grad", gradients_of_nothing),
-    )
-    copied = mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True)  # target networks
-    with fakes[0], fakes[1], copied, FakeTensorMode():
+    with ExitStack() as fakes:
+        fakes.enter_context(mock.patch.object(torch, "zeros", noted_zeros))
+        fakes.enter_context(mock.patch.object(torch.autograd, "grad", gradients_of_nothing))
+        # target networks
+        fakes.enter_context(mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True))
+        # autocast, which Atari agents use by default, asks whether there is a GPU
+        fakes.enter_context(mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False))
+        fakes.enter_context(mock.patch.object(torch.cuda, "is_bf16_supported", lambda: True))
+        fakes.enter_context(FakeTensorMode())
         it = fake_build(module)
         assert pinned and all(x.device.type == "cpu" for x in pinned)
         assert all(any(x is y for y in pinned) for x in it.rollout.host), "what the host touches is pinned"
@@ -191,6 +198,7 @@ def check_steps(module):
                 inside.clear()
                 seen.append(rules.seen)
             assert rules.count > 5
+            assert (torch.bfloat16 in rules.dtypes) == ("atari" in module.__name__), "a GPU's precision by default"
             assert lasting(it) == before, f"{name}: {set(lasting(it).items()) ^ set(before.items())} is another tensor"
             assert seen[0] == seen[1], f"{name}: a graph would freeze a number of the host that changes"
         assert all(isinstance(x, FakeTensor) for x in tensors([*vars(it.rollout).values(), *it.agent.parameters()]))
