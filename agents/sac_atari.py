@@ -351,15 +351,15 @@ def discrete_sac_critic_loss(agent: Agent, args: Args, obs, actions, rewards, te
 def discrete_sac_policy_loss(agent: Agent, args: Args, obs, valid):
     """The losses of the policy and of the temperature (equations 12 and 11), added up: each trains its own parameters.
 
-    Every argument is [batch_size, ...]; `valid` is 1 in transitions that count and 0 in others. Over actions they are
-    sums, as in the paper; CleanRL takes means, which with Adam's epsilon of 1e-4 makes somewhat smaller steps.
+    Every argument is [batch_size, ...]; `valid` is 1 in transitions that count and 0 in others. The policy's loss is a
+    mean over actions, as in CleanRL, and not a sum: with Adam's epsilon of 1e-4, that makes somewhat smaller steps.
     """
     weights = valid / valid.sum().clamp(min=1)
     logprobs, alpha = agent.actor(obs).log_softmax(-1), agent.log_alpha.exp()
     probs, target_entropy = logprobs.exp(), args.target_entropy_scale * math.log(logprobs.shape[-1])
     with torch.no_grad():
         q_values = agent.critics(obs).amin(0)
-    loss = (probs * (alpha.detach() * logprobs - q_values)).sum(-1) @ weights
+    loss = (probs * (alpha.detach() * logprobs - q_values)).mean(-1) @ weights
     entropies = -(probs * logprobs).detach().sum(-1)
     alpha_loss = alpha * ((entropies - target_entropy) @ weights)
     return loss + alpha_loss, {"policy_loss": loss, "entropy": entropies @ weights, "alpha": alpha}
