@@ -35,6 +35,8 @@ def arguments(agent, mode, device="cpu"):
     if "num_steps" in settings(agent):
         args.total_timesteps = ITERATIONS * args.num_envs * args.num_steps
     args.mode = mode  # the command line refuses graphs without a GPU
+    if device != "cpu":  # torch 2.11 would keep TF32 there: https://github.com/pytorch/pytorch/issues/179445
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
     return args
 
 

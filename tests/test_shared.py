@@ -107,8 +107,18 @@ def test_agents_import_packages_and_nothing_of_ours(path):
 def test_evaluate_takes_a_device_that_is_there(module, monkeypatch):
     """A run of cuda:7 plays on a machine with two GPUs, too."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     devices = {device: module.Args(evaluate="run", device=device).device for device in ("cuda:1", "cuda:7", "cpu")}
     assert devices == {"cuda:1": "cuda:1", "cuda:7": "auto", "cpu": "cpu"}
+
+
+@pytest.mark.parametrize("module", AGENTS, ids=NAMES)
+def test_a_gpu_whose_driver_does_not_start_is_none(module, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert module.Args().device == "auto"
+    with pytest.raises(ValueError, match="must be one of auto, cpu on this machine"):
+        module.Args(device="cuda")
 
 
 @pytest.mark.parametrize("module", AGENTS, ids=NAMES)
