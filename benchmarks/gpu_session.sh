@@ -11,6 +11,7 @@
 #   suite   540   fps.py --suite gpu; called again with the same OUT, it goes on where it ended
 #   pong    570   ppo_atari on Pong, 64 environments: seconds until the training return is 18
 #   sac     240   profile of one iteration of SAC
+#   combo   150   as "eager", with Inductor's combo_kernels: a copy of ppo_atari that asks for them
 #   tests   570   pytest -m gpu; PYTEST_FLAGS="-k ppo_atari" takes some of them
 #
 # OUT gets session.txt (all that was printed), steps.txt (a line a step: name, ok or failed, seconds), results.jsonl
@@ -22,7 +23,7 @@ set -uo pipefail
 rehearse=
 [ "${1:-}" = --rehearse ] && { rehearse=yes; shift; }
 [ $# -ge 1 ] || { echo "usage: bash benchmarks/gpu_session.sh [--rehearse] OUT [STEP ...]" >&2; exit 2; }
-known=" envs eager suite pong sac tests "
+known=" envs eager suite pong sac combo tests "
 mkdir -p "$1" && out=$(cd "$1" && pwd) && shift || exit 1
 for step in "$@"; do
     [[ $known == *" $step "* ]] || { echo "error: $step: must be one of$known" >&2; exit 2; }
@@ -66,6 +67,13 @@ print('seconds of training until the return of training games was 18:', learning
 step sac 240 "${fps[@]}" "${tiny[@]}" --agents sac_continuous_action --modes compile-cudagraphs --profile \
     --profile-dir "$out"
 gzip --force "$out"/sac_*.json 2>/dev/null
+if [[ $wanted == *" combo "* ]]; then
+    mkdir -p runs/gpu_session
+    sed 's/^\( *\)torch._dynamo.config.trace_autograd_ops = .*/&\n\1torch._inductor.config.combo_kernels = True/' \
+        agents/ppo_atari.py > runs/gpu_session/ppo_atari_combo.py
+    step combo 150 "${fps[@]}" --agents runs/gpu_session/ppo_atari_combo.py --agent-flags="--env-id Breakout-v5" \
+        "${tiny[@]}" --modes compile-cudagraphs --num-envs 8
+fi
 # shellcheck disable=SC2086
 step tests 570 "$python" -m pytest -m gpu -v -p no:cacheprovider --continue-on-collection-errors tests ${PYTEST_FLAGS:-}
 exit $failed
