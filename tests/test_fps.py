@@ -262,8 +262,8 @@ def test_gpu_session_can_be_rehearsed(tmp_path):
     done = subprocess.run([*command, out], env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     steps = [line.split() for line in (out / "steps.txt").read_text().splitlines()]
-    assert [(name, status) for name, status, *_ in steps] == [
-        (name, "ok") for name in ("envs", "eager", "suite", "pong", "pong", "pong", "sac", "combo", "tests")]  # fmt: skip
+    names = ("envs", "eager", "suite", "pong", "pong", "pong", "sac", "combo", "tests")
+    assert [(name, status) for name, status, *_ in steps] == [(name, "ok") for name in names]
     records = read_lines(out / "results.jsonl")
     assert {("Breakout-v5", "env-only"), ("Breakout-v5", "eager"), ("Pong-v5", "compile-cudagraphs")} <= {
         (record["env_id"], record["mode"]) for record in records}  # fmt: skip

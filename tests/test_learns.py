@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import agents_with, final_json
+from conftest import agent_named, agents_with, final_json
 from test_recurrent import Recall
 
 
@@ -31,14 +31,30 @@ class Sides(Recall):
         return self.obs.copy(), rewards, terminations, truncations, infos | {"lives": np.zeros(self.num_envs, np.int32)}
 
 
+in_both_precisions = pytest.mark.parametrize("precision", ["fp32", "bf16"])  # on a GPU, bf16 is the default
+
+
 @pytest.mark.slow
+@in_both_precisions
 @pytest.mark.parametrize("module", agents_with("FrameReplay") + agents_with("PrioritizedReplay"))
-def test_learns_from_replayed_pictures(module, monkeypatch, tmp_path):
+def test_learns_from_replayed_pictures(module, precision, monkeypatch, tmp_path):
     """Perfect is 1 and guessing 0: stacks, actions and rewards from the replay buffer belong together."""
     monkeypatch.setattr(module, "make_envs", lambda args, num_envs, seed: Sides(num_envs, seed, 4))
     sizes = {"buffer_size": 3_000, "learning_starts": 200, "total_timesteps": 3_000, "batch_size": 16}
     sizes |= {"target_network_frequency": 100, "eval_episodes": 200, "exploration_fraction": 0.5, "end_e": 0.05}
-    sizes |= dict.fromkeys(("learning_rate", "q_lr", "policy_lr"), 5e-4)
+    sizes |= dict.fromkeys(("learning_rate", "q_lr", "policy_lr"), 5e-4) | {"precision": precision}
     chosen = {name: value for name, value in sizes.items() if hasattr(module.Args, name)}
     args = module.Args(**chosen, eval_greedy=True, torch_threads=1, device="cpu", run_dir=str(tmp_path / "run"))
+    assert module.main(args)["eval_return_mean"] > 0.9
+
+
+@pytest.mark.slow
+@in_both_precisions
+@pytest.mark.parametrize("agent", ["ppo_atari", "pqn_atari"])
+def test_learns_from_pictures(agent, precision, monkeypatch, tmp_path):
+    module = agent_named(agent)
+    monkeypatch.setattr(module, "make_envs", lambda args, num_envs, seed: Sides(num_envs, seed, 4))
+    sizes = {"num_envs": 8, "num_steps": 16, "num_minibatches": 2, "total_timesteps": 6_144, "learning_rate": 5e-4}
+    args = module.Args(**sizes, precision=precision, eval_episodes=200, eval_greedy=True, torch_threads=1,
+                       device="cpu", run_dir=str(tmp_path / "run"))  # fmt: skip
     assert module.main(args)["eval_return_mean"] > 0.9

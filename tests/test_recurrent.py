@@ -188,7 +188,7 @@ class Recall:
         return self.obs.copy(), rewards, ending, np.zeros_like(ending), infos
 
 
-def play_recall(agent, stack, convolutional, monkeypatch, tmp_path, seed=1):
+def play_recall(agent, stack, convolutional, precision, monkeypatch, tmp_path, seed=1):
     """Train an agent on Recall as its `main` does and return the mean of 200 games afterwards."""
     module = agent_named(agent)
 
@@ -210,18 +210,19 @@ def play_recall(agent, stack, convolutional, monkeypatch, tmp_path, seed=1):
     if not convolutional:
         monkeypatch.setattr(module, "Agent", Sparse)
     sizes = {"num_envs": 16, "num_steps": 16, "num_minibatches": 2, "total_timesteps": 40 * 16 * 16}
-    machine = {"device": "cpu", "precision": "fp32", "torch_threads": 1}
+    machine = {"device": "cpu", "precision": precision, "torch_threads": 1}
     args = module.Args(seed, **sizes, **machine, learning_rate=1e-3, eval_episodes=200, run_dir=str(tmp_path / agent))
     return module.main(args)["eval_return_mean"]
 
 
 @pytest.mark.parametrize("module", first_fast("remember"))
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("convolutional", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_recalls_what_a_stack_of_pictures_cannot(module, convolutional, monkeypatch, tmp_path):
+def test_recalls_what_a_stack_of_pictures_cannot(module, convolutional, precision, monkeypatch, tmp_path):
     """Perfect is 1 and guessing 0."""
-    name = module.__name__
-    assert play_recall(name, 1, convolutional, monkeypatch, tmp_path) > 0.9
-    assert abs(play_recall(name.removesuffix("_lstm"), 4, convolutional, monkeypatch, tmp_path)) < 0.4
+    name, how = module.__name__, (convolutional, precision, monkeypatch, tmp_path)
+    assert play_recall(name, 1, *how) > 0.9
+    assert abs(play_recall(name.removesuffix("_lstm"), 4, *how)) < 0.4
 
 
 @recurrent
