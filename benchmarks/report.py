@@ -231,11 +231,11 @@ def claim(peers: list[dict]) -> str:
     if not faster:
         return "No results yet."
     peer = results.over_sb3(peers)[-1]["peer"].replace("stable-baselines3==", "Stable-Baselines3 ")
-    text = f"With equal hyperparameters on the same CPU, the faster of eager and compiled mode beats {peer}: "
+    text = f"With equal hyperparameters on the same CPU, the agents take more steps a second than {peer}: "
     others = [f"{said})" if {*faster} == {where} else f"{said}, {where})" for said, where in others]
     text += "; ".join([*(f"on {where}, {', '.join(sorted(words))}" for where, words in faster.items()), *others])
     text += ". DQN on Breakout, DDPG, SAC and TD3 step 8 environments, theirs 1."
-    text += " On Atari ours compute in bf16, theirs in fp32."
+    text += " On Atari ours compute in bf16, theirs in fp32. Ours ran in eager or compiled mode, whichever was faster."
     text = textwrap.fill(text, 120, break_on_hyphens=False)
     return text + "\n[How it was measured](benchmarks/README.md#peers), [all turns](benchmarks/peers.jsonl)."
 
