@@ -84,7 +84,7 @@ class Args:
 
     def __post_init__(self):
         """Refuse what cannot be meant: tyro prints the sentence of a ValueError and exits with status 2."""
-        gpus = torch.cuda.is_available() * torch.cuda.device_count()
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # some that are counted cannot start
         may_be_0 = {"seed", "eval_episodes", "learning_starts", "torch_threads", "env_threads"}
         most = {"buffer_size": 2**40, "train_frequency": 10_000, "torch_threads": 1024, "env_threads": 1024}
         most |= dict.fromkeys(("gamma", "tau", "start_e", "end_e", "exploration_fraction"), 1)

@@ -97,7 +97,8 @@ class Args:
 
     def __post_init__(self):
         """Refuse what cannot be meant: tyro prints the sentence of a ValueError and exits with status 2."""
-        self.batch_size, gpus = self.num_envs * self.num_steps, torch.cuda.is_available() * torch.cuda.device_count()
+        self.batch_size = self.num_envs * self.num_steps
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # some that are counted cannot start
         may_be_0 = {"seed", "eval_episodes", "torch_threads", "env_threads"}
         most = {"gamma": 1, "gae_lambda": 1, "sticky_actions": 1, "torch_threads": 1024, "env_threads": 1024}
         for name, value in vars(self).items():

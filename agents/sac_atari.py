@@ -12,7 +12,8 @@ Differs from the paper in
   these steps owe are made up for, as many as for one environment;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - the reset row that the environments put between two episodes is masked out of every loss;
-- the target of the entropy is 0.89 of the largest possible one instead of 0.98, as in CleanRL;
+- as in CleanRL, the target of the entropy is 0.89 of the largest one instead of 0.98, the policy's loss a mean over
+  actions instead of a sum;
 - returns, logged and evaluated, are those of whole games, unclipped, however rewards and lives train the agent.
 """
 
@@ -90,7 +91,7 @@ class Args:
 
     def __post_init__(self):
         """Refuse what cannot be meant: tyro prints the sentence of a ValueError and exits with status 2."""
-        gpus = torch.cuda.is_available() * torch.cuda.device_count()
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # some that are counted cannot start
         may_be_0 = {"seed", "eval_episodes", "learning_starts", "torch_threads", "env_threads"}
         most = {"buffer_size": 2**40, "train_frequency": 10_000, "torch_threads": 1024, "env_threads": 1024}
         most |= dict.fromkeys(("sticky_actions", "gamma", "tau", "target_entropy_scale"), 1)

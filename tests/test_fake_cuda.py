@@ -176,7 +176,7 @@ def check_steps(module):
     with ExitStack() as fakes:
         fakes.enter_context(mock.patch.object(torch, "zeros", noted_zeros))
         fakes.enter_context(mock.patch.object(torch.autograd, "grad", gradients_of_nothing))
-        # target networks
+        # deepcopy, which makes the target networks, would copy the mode as well
         fakes.enter_context(mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True))
         # autocast, which Atari agents use by default, asks whether there is a GPU
         fakes.enter_context(mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False))
