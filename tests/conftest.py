@@ -283,8 +283,9 @@ def compiler_cache(tmp_path_factory):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file under a folder with its bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file under a folder with its bytes, but for what Python keeps of imports."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.parent.name != "__pycache__")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def read_checkpoint(run_dir: Path) -> dict:
