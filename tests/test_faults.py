@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -548,7 +549,7 @@ def test_a_stdout_that_is_closed_or_full(end, number, runs, tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     runs("ppo").copy(tmp_path / "run")
-    command = f"{sys.executable} {script('ppo')} --evaluate run --eval-episodes 1 {end}"
+    command = shlex.join([sys.executable, str(script("ppo")), "--evaluate", "run", "--eval-episodes", "1"]) + f" {end}"
     process = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command], cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=120
     )
