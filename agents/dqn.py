@@ -457,6 +457,7 @@ def main(args: Args, stop=()) -> dict:
     from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
 
+    tqdm.set_lock(threading.RLock())  # its own makes Python 3.14 warn on stderr when a failure ends the process
     started, agent_name, source = time.perf_counter(), Path(__file__).stem, args.resume or args.evaluate
     cuda = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device(args.device if cuda and ":" in args.device else "cuda:0" if cuda else "cpu")

@@ -491,6 +491,7 @@ def main(args: Args, stop=()) -> dict:
     from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
 
+    tqdm.set_lock(threading.RLock())  # its own makes Python 3.14 warn on stderr when a failure ends the process
     started, agent_name = time.perf_counter(), Path(__file__).stem
     store, memory, rank, ranks, limit = None, None, 0, 1, timedelta(minutes=5)  # a rank waits so long for another one
     if os.environ.get("WORLD_SIZE", "1") != "1" or dist.is_torchelastic_launched():
