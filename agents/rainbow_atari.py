@@ -395,7 +395,7 @@ def project(probs, returns, atoms):
     Each probability is shared out between the two atoms next to its return (Bellemare et al. 2017, equation 7).
     """
     places = (returns.clamp(atoms[0], atoms[-1]) - atoms[0]) / (atoms[1] - atoms[0])
-    below = places.long()
+    below = places.long().clamp(0, len(atoms) - 1)  # in range even where a reward is NaN: the loss tells of it
     above, share = (below + 1).clamp(max=len(atoms) - 1), places - below
     projected = torch.zeros_like(probs).scatter_add(1, below, probs * (1 - share))
     return projected.scatter_add(1, above, probs * share)
