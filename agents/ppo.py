@@ -489,7 +489,7 @@ def main(args: Args, stop=()) -> dict:
 
     start = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{args.env_id}__{agent_name}__{args.seed}__{start}")
-    lock = FileLock(run_dir / ".lock", blocking=False)  # held until this process ends: no two runs share a folder
+    lock = FileLock(run_dir / ".lock", blocking=False)  # held until the run ends: no two share a folder
     with explained(f"--{'resume' if args.resume else 'run-dir'} {run_dir}: in use, or not free"):
         run_dir.mkdir(parents=True, exist_ok=True)
         if not args.resume and any(path.name != ".lock" for path in run_dir.iterdir()):
@@ -586,6 +586,7 @@ def main(args: Args, stop=()) -> dict:
     write_file(run_dir / "summary.json", json.dumps(summary, indent=2).encode())
     if args.track:
         run.finish()
+    lock.release()
     return summary
 
 

@@ -644,7 +644,7 @@ def test_track(agent, wandb, cli, tmp_path):
     (tmp_path / "logged-out").touch()
     check_failure(cli(agent, *argv), "--track", "api_key not configured")
     (tmp_path / "logged-out").unlink()
-    gc.collect()  # the lock of the failed run, which ends with its process; Python 3.13 may keep it until here
+    gc.collect()  # the lock of the failed run, which its process would free; Python 3.13 may keep it until here
     first = cli(agent, *argv)  # the same command once more
     again = cli(agent, "--resume", "run", "--total-timesteps", 2 * whole_steps(agent, argv))
     for result in (first, again):

@@ -26,6 +26,7 @@ from conftest import (
     tiny,
     whole_steps,
 )
+from filelock import FileLock
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -100,8 +101,10 @@ def test_trains_eagerly(agent, runs):
 
 @each_agent
 def test_leaves_its_files(agent, runs):
-    """A run folder holds what is promised, no more, and the settings in it are those of the run."""
+    """A run folder holds what is promised, no more, is free again, and has the settings of the run."""
     done = runs(agent)
+    with FileLock(done.path / ".lock", blocking=False):
+        pass
     names = {path.name for path in done.path.iterdir()}
     events = {name for name in names if name.startswith("events.out.tfevents.")}
     assert len(events) == 1 and names == KEPT | {f"{agent}.py"} | events
