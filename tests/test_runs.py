@@ -156,7 +156,7 @@ def test_weights_move_and_seed_decides(agent, runs, again):
     for name in ("train_return_mean", "eval_return_mean", "eval_return_std"):
         assert summary[name] == final_json(done.result)[name], name
     other, _, others = again(agent, seed=2)
-    matrices = [name for name, x in first.items() if x.dim() > 1 and x.min() < x.max()]  # but sizes of noise
+    matrices = [name for name, x in first.items() if x.dim() > 1 and not name.endswith("weight_sigma")]  # constants
     assert other["seed"] == 2 and not any(torch.equal(first[name], others[0][1][name]) for name in matrices)
 
 
@@ -218,11 +218,12 @@ def test_evaluates_a_run(agent, runs, cli, tmp_path):
 @pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
 def test_trains_compiled(agent, tmp_path, compiler_cache):
     """The compiled mode of the CPU runs from start to end, does compile, and its compilation is counted apart."""
-    argv, before = tiny(agent, mode="compile", eval_episodes=1, run_dir="run"), set(compiler_cache.rglob("*.so"))
-    result = run_agent(agent, *argv, cwd=tmp_path, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(compiler_cache)})
+    # what RPO compiles is what ppo_continuous_action compiled before it
+    cache = tmp_path / "cache" if agent == "rpo_continuous_action" else compiler_cache
+    argv, before = tiny(agent, mode="compile", eval_episodes=1, run_dir="run"), set(cache.rglob("*.so"))
+    result = run_agent(agent, *argv, cwd=tmp_path, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)})
     summary, _ = check_run(agent, argv, tmp_path, result, "cpu", "compile")
-    known = agent == "rpo_continuous_action"  # its loss is that of ppo_continuous_action, compiled before
-    assert known or set(compiler_cache.rglob("*.so")) > before, "nothing was compiled"
+    assert set(cache.rglob("*.so")) > before, "nothing was compiled"
     assert summary["compile_seconds"] > 1
 
 
