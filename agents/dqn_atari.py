@@ -53,7 +53,7 @@ class Args:
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:N
     mode: Literal["auto", "eager", "compile", "cudagraphs", "compile-cudagraphs"] = "auto"  # how the functions are run
     eval_episodes: int = 10  # whole games played after training for the final score; 0 leaves the evaluation out
-    eval_greedy: bool = False  # score and film games by the most likely action instead of a sampled one
+    eval_greedy: bool = False  # score and film without sampling, noise or epsilon: by the likeliest or mean action
     run_dir: str | None = None  # folder for all that the run leaves behind; None makes one below runs/
     checkpoint_minutes: float = 5.0  # minutes between two checkpoints; one is written before training, one after it
     checkpoint_buffer: Literal["auto", "always", "never"] = "auto"  # save the replay buffer, too; auto: up to 1 GiB
@@ -113,7 +113,7 @@ class Args:
                              f"--total-timesteps {self.total_timesteps}")  # fmt: skip
         if self.resume and (self.evaluate or self.run_dir):
             raise ValueError("--resume goes on in its own folder: leave out --run-dir and --evaluate")
-        devices = ["auto", "cpu", *["cuda"][:gpus], *(f"cuda:{n}" for n in range(gpus))]
+        devices = ["auto", "cpu", *(["cuda"] if gpus else []), *(f"cuda:{n}" for n in range(gpus))]
         if self.evaluate:  # takes what this machine has
             self.device = self.device if self.device in devices else "auto"
             return
@@ -178,7 +178,7 @@ def check_envs(args: Args, envs) -> None:
                         f"and next-step autoreset, as in Pong-v5; there are {obs}, {actions}, {reset}")  # fmt: skip
 
 
-def true_game(terminations, truncations, infos):
+def true_game(truncations, infos):
     """The game's own rewards [num_envs] and whether a game is over [num_envs], however lives and clipping train."""
     return infos["reward"], (infos["terminated"] != 0) | truncations
 
@@ -212,7 +212,7 @@ class QNetwork(nn.Module):
 
     def forward(self, obs):
         """Q-values [batch, num_actions] for obs [batch, 4, 84, 84] uint8."""
-        pixels = obs.to(memory_format=torch.channels_last).to(self.dtype).div_(255)  # fast: in place, 4 times on a CPU
+        pixels = obs.to(memory_format=torch.channels_last).to(self.dtype).div_(255)  # fast: in place, on a CPU 4-fold
         with torch.autocast(obs.device.type, torch.bfloat16, self.dtype is torch.bfloat16, cache_enabled=False):
             hidden = self.network(pixels).float()  # head and loss are always float32
         return self.head(hidden)
@@ -254,7 +254,7 @@ class Rollout:
         T, N, shape = args.num_steps, args.num_envs, envs.single_observation_space.shape
         self.host = host(N, *shape, dtype=torch.uint8), host(N, dtype=torch.int32), host(4, N)
         self.host_obs, self.host_actions, self.host_outcomes = self.host
-        self.obs, self.outcomes = self.host_obs.to(device), self.host_outcomes.to(device)  # on a CPU the very same
+        self.obs, self.outcomes = self.host_obs.to(device), self.host_outcomes.to(device)  # on a CPU the same tensors
         self.actions = torch.zeros(N, dtype=torch.int64, device=device)
         self.gumbel = torch.zeros(T, N, int(envs.single_action_space.n), device=device)
         self.random = torch.zeros(args.num_updates * args.batch_size, dtype=torch.int64, device=device)
@@ -299,23 +299,23 @@ class FrameReplay(nn.Module):
         number = random % (self.complete.clamp(min=1) * self.num_envs)
         env, row = number % self.num_envs, (self.row - 1 - number // self.num_envs) % self.num_rows
 
-        def take(ring, row, env=env):
+        def take(ring, row, env):
             places = row * self.num_envs + env
             return ring.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape)
 
         def stacks(row):  # the first frame of a game stands for those before it, as in envpool
             back = torch.arange(self.depth - 1, -1, -1, device=row.device)
-            back = back.minimum(take(self.ages, row).long()[:, None])
+            back = back.minimum(take(self.ages, row, env).long()[:, None])
             return take(self.frames, (row[:, None] - back) % self.num_rows, env[:, None])
 
         after = (row + 1) % self.num_rows
-        result = [stacks(row), take(self.actions, row), take(self.rewards, after)]
-        return result + [take(self.terminations, after), stacks(after), 1 - take(self.dones, row)]
+        result = [stacks(row), take(self.actions, row, env), take(self.rewards, after, env)]
+        return result + [take(self.terminations, after, env), stacks(after), 1 - take(self.dones, row, env)]
 
 
 def draw_noise(rollout: Rollout, generator: torch.Generator) -> None:
     """Draw all the randomness of one iteration, outside all that is compiled or captured: no graph can freeze it."""
-    rollout.gumbel.exponential_(generator=generator).log_().neg_()
+    rollout.gumbel.exponential_(generator=generator).log_().neg_()  # -log of an exponential variate is Gumbel
     rollout.random.random_(generator=generator)
 
 
@@ -390,8 +390,8 @@ def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=
         gumbel = -torch.empty_like(q_values).exponential_(generator=generator).log()
         logits = q_values if greedy else epsilon_greedy(q_values, agent.epsilon) + gumbel
         actions = logits.argmax(-1).int().cpu().numpy()
-        obs, _, *results = envs.step(actions)
-        rewards, overs = true_game(*results)
+        obs, _, _, truncations, infos = envs.step(actions)
+        rewards, overs = true_game(truncations, infos)
         returns += rewards * playing
         playing &= ~overs
     return [] if stop else returns.tolist()
@@ -442,7 +442,7 @@ def accelerate(mode: str, agent: Agent, optimizer, replay: FrameReplay, rollout:
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Read the command line; behind --resume or --evaluate stand the settings of that run, and other flags win."""
+    """Read the command line. --resume and --evaluate take over the settings of that run; other flags win over them."""
     import tyro
 
     argv, flags = sys.argv[1:] if argv is None else argv, []
@@ -515,11 +515,11 @@ def main(args: Args, stop=()) -> dict:
     started, agent_name, source = time.perf_counter(), Path(__file__).stem, args.resume or args.evaluate
     cuda = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device(args.device if cuda and ":" in args.device else "cuda:0" if cuda else "cpu")
-    fastest = "compile-cudagraphs" if can_compile() else "cudagraphs"
-    mode = args.mode if args.mode != "auto" else fastest if cuda else "eager"
+    fastest = ("compile-cudagraphs" if can_compile() else "cudagraphs") if cuda else "eager"
+    mode = fastest if args.mode == "auto" else args.mode
     if cuda:
         torch.cuda.set_device(device)
-        warnings.filterwarnings("ignore", "This instance was constructed with capturable")  # calls before the capture
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable")  # in calls before capture
         torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be recorded on the default one
     wait = torch.cuda.synchronize if cuda else lambda: None
     torch.set_num_threads(args.torch_threads or torch.get_num_threads())
@@ -548,7 +548,7 @@ def main(args: Args, stop=()) -> dict:
         with explained(f"--resume or --evaluate: {source}/checkpoint.pt is not of this agent in this environment"):
             agent.load_state_dict(saved["agent"])
             optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
-            lr = optimizer.param_groups[0]["lr"]
+            lr = optimizer.param_groups[0]["lr"]  # loading put a copy of the tensor there: fill that one from now on
             if saved["device"] == device.type:
                 generator.set_state(saved["generator"])
     summary = {"agent": agent_name, "env_id": args.env_id, "seed": args.seed, "device": str(device), "mode": mode}
@@ -557,19 +557,21 @@ def main(args: Args, stop=()) -> dict:
         agent.epsilon.fill_(args.end_e)
         return summary | final_score(args, agent, device, Path(source), stop) | {"run_dir": source}
 
-    rollout, refill = Rollout(args, envs, device), 0
+    rollout = Rollout(args, envs, device)
+    refill = 0  # iterations that fill a buffer anew that no checkpoint has
     buffer_bytes = sum(x.nbytes for x in FrameReplay(args, rollout, torch.device("meta")).buffers())
     check_memory(args, buffer_bytes, device)
-    replay, keeps = FrameReplay(args, rollout, device), {"always": math.inf, "auto": 2**30, "never": 0}
+    replay = FrameReplay(args, rollout, device)
+    keeps = {"always": math.inf, "auto": 2**30, "never": 0}  # bytes up to which a checkpoint has it
     if "replay" in saved:
         with explained(f"{source}/checkpoint.pt: its replay buffer is not of this --buffer-size and --num-envs"):
             replay.load_state_dict(saved.pop("replay"))
         replay.dones[replay.row] = 1  # no transition leads from games that were left to those that begin now
-    elif source and global_step + args.iteration_steps <= args.total_timesteps:
+    elif args.resume and global_step + args.iteration_steps <= args.total_timesteps:
         refill = math.ceil(min(global_step, max(args.learning_starts, 1)) / args.iteration_steps)
 
     def learning_rate() -> float:
-        return args.learning_rate * (1 - args.anneal_lr * global_step / args.total_timesteps)
+        return args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
 
     def epsilon() -> float:
         explored = global_step / args.total_timesteps
@@ -616,39 +618,45 @@ def main(args: Args, stop=()) -> dict:
     # ---- the loop ----
     acts, learn = accelerate(mode, agent, optimizer, replay, rollout, args)
     host_obs, host_actions, host_outcomes = (x.numpy() for x in rollout.host)
-    host_obs[:], _ = envs.reset()
+    host_obs[:] = envs.reset()[0]
     dones = overs = np.zeros(args.num_envs, dtype=bool)
     ages = lives = np.zeros(args.num_envs, dtype=np.int32)
-    running, finished = np.zeros((2, args.num_envs)), []  # returns and lengths of games under way; those of ended ones
+    running = np.zeros((2, args.num_envs))  # returns and lengths of the games under way
+    finished = []  # those of the games that ended since the last point of the curves
     iterations = (args.total_timesteps - global_step) // args.iteration_steps
-    saved_at, compile_seconds, speeds = time.perf_counter(), 0.0, dict.fromkeys(("sps", "sps_rollout", "sps_update"))
+    saved_at, compile_seconds = time.perf_counter(), 0.0
+    speeds = {"sps": None, "sps_rollout": None, "sps_update": None}
     metrics, learned = {}, 0  # iterations that learned
     writer = SummaryWriter(run_dir, purge_step=global_step + 1, flush_secs=30)
     progress = tqdm(desc=args.env_id, total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True,
                     mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True)  # fmt: skip
     for iteration in range(-refill, iterations):
-        began, learning = time.perf_counter(), iteration >= 0 and global_step >= max(args.learning_starts, 1)
+        began = time.perf_counter()
+        learning = iteration >= 0 and global_step >= max(args.learning_starts, 1)  # never from an empty buffer
         if learned <= 3:  # SPS counts from the fourth iteration that learns: those before compile and capture
             loop_start, loop_step, seconds = began, global_step, {"sps_rollout": 0.0, "sps_update": 0.0}
         lr.fill_(learning_rate())
         agent.epsilon.fill_(epsilon())
         draw_noise(rollout, generator)
 
-        clock = time.perf_counter()
+        clock, update_seconds = time.perf_counter(), 0.0
         for step in acts:
             step()
             wait()  # the actions have arrived in host_actions; on a GPU, the last learning phase is over, too
-            if step is acts[-1]:
+            if learning and step is acts[-1]:
                 update_clock = time.perf_counter()
-                metrics = learn() if learning else metrics  # fast: a GPU learns while the environments step
+                metrics = learn()  # fast: a GPU learns while the environments step
                 update_seconds = time.perf_counter() - update_clock  # on a GPU, of the launch alone
             obs, rewards, terminations, truncations, infos = envs.step(host_actions)
-            # a new game follows the end of one, which can also come unseen, in the pause after a lost life
-            ages = np.where(overs | (dones & (infos["lives"] > lives)), 0, ages + 1)
-            true_rewards, overs = true_game(terminations, truncations, infos)
-            running += true_rewards, ~dones
+            # a game begins after the end of one; and in a reset row with more lives than before: then the last one
+            # ended unseen, among the frames that envpool plays by itself after a lost life
+            begins = overs | (dones & (infos["lives"] > lives))  # all but infos are of the step before
+            ages = np.where(begins, 0, ages + 1)
+            true_rewards, overs = true_game(truncations, infos)
+            running += true_rewards, ~dones  # a reset row is no step of a game
             dones, lives = terminations | truncations, infos["lives"]
-            host_obs[:], host_outcomes[:] = obs, (rewards, terminations, dones, ages)
+            host_obs[:] = obs
+            host_outcomes[:] = rewards, terminations, dones, ages
             if overs.any():
                 finished += running[:, overs].T.tolist()
                 running[:, overs] = 0
@@ -656,11 +664,11 @@ def main(args: Args, stop=()) -> dict:
         seconds["sps_rollout"] += time.perf_counter() - clock - update_seconds
 
         learned += learning
-        if iteration < 3 - refill or (learning and learned <= 3):
+        if iteration < 3 - refill or (learning and learned <= 3):  # acts or learn are not replayed yet
             compile_seconds += time.perf_counter() - began
-        if iteration < 0 and stop:
-            break
         if iteration < 0:  # steps that fill the replay buffer anew count for nothing
+            if stop:
+                break
             continue
         global_step += args.iteration_steps
         if learning and global_step % args.target_network_frequency < args.iteration_steps:  # a multiple was passed
@@ -671,7 +679,7 @@ def main(args: Args, stop=()) -> dict:
         if saving or iteration % max(1, args.total_timesteps // args.iteration_steps // 1000) == 0:
             scalars = {f"losses/{name}": value.item() for name, value in metrics.items()}
             seconds["sps"] = time.perf_counter() - loop_start
-            speeds = {name: (global_step - loop_step) / value for name, value in seconds.items()}
+            speeds = {name: (global_step - loop_step) / value if value else None for name, value in seconds.items()}
             scalars |= {"charts/SPS": speeds["sps"], "charts/learning_rate": lr.item()}
             scalars |= {"charts/epsilon": agent.epsilon.item()}
             if finished:
@@ -707,7 +715,7 @@ def main(args: Args, stop=()) -> dict:
 
 if __name__ == "__main__":
     threading.excepthook = lambda _: None  # TensorBoard's thread has its failure told by the next add_scalar
-    signals = []  # the first one ends the loop in order, a second one the process
+    signals = []  # the first one ends the loop in order, a second one of its kind the process
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number) or signal.signal(number, signal.SIG_DFL))
     try:
@@ -717,5 +725,5 @@ if __name__ == "__main__":
         if not isinstance(error, failures) and "can't allocate memory" not in str(error):
             raise  # a bug: its traceback is worth reading
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        os._exit(2 if isinstance(error, UserError) else 1)  # not by way of a stdout that may be closed or full
+        os._exit(2 if isinstance(error, UserError) else 1)  # sys.exit would flush a stdout that may be closed
     sys.exit(128 + signals[0] if signals else 0)

@@ -16,7 +16,9 @@ one. `diff agents/ppo_atari.py agents/ppo_rnd_atari.py` is what that adds.
 
 The defaults are those of CleanRL's ppo_rnd_envpool, but for whole games instead of lives, as in the paper, and fewer
 steps: the paper trains for 490M. It takes a GPU, and no run of the command is on record yet. Differs from the paper in
-- the network of ppo_atari, smaller than the paper's, its clipped extrinsic value and its normalised advantages;
+- the network of ppo_atari, smaller than the paper's, and its clipped extrinsic value, values at half the weight, cut
+  gradient, annealed learning rate and normalised advantages;
+- pixels enter their statistics after they are learnt from, so that errors are judged and learnt with the same ones;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - exactly a quarter of each minibatch trains the predictor, instead of each row with a probability of a quarter;
 - games may last 108,000 frames, as in the other agents, instead of 18,000.
@@ -56,7 +58,7 @@ class Args:
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:N
     mode: Literal["auto", "eager", "compile", "cudagraphs", "compile-cudagraphs"] = "auto"  # how the functions are run
     eval_episodes: int = 10  # whole games played after training for the final score; 0 leaves the evaluation out
-    eval_greedy: bool = False  # score and film games by the most likely action instead of a sampled one
+    eval_greedy: bool = False  # score and film without sampling, noise or epsilon: by the likeliest or mean action
     run_dir: str | None = None  # folder for all that the run leaves behind; None makes one below runs/
     checkpoint_minutes: float = 5.0  # minutes between two checkpoints; one is written before training, one after it
     resume: str | None = None  # go on with the run in this folder, under its settings unless other flags say otherwise
@@ -114,7 +116,7 @@ class Args:
                              f"{self.num_minibatches}, at most --total-timesteps {self.total_timesteps}")  # fmt: skip
         if self.resume and (self.evaluate or self.run_dir):
             raise ValueError("--resume goes on in its own folder: leave out --run-dir and --evaluate")
-        devices = ["auto", "cpu", *["cuda"][:gpus], *(f"cuda:{n}" for n in range(gpus))]
+        devices = ["auto", "cpu", *(["cuda"] if gpus else []), *(f"cuda:{n}" for n in range(gpus))]
         if self.evaluate:  # takes what this machine has
             self.device = self.device if self.device in devices else "auto"
             return
@@ -179,7 +181,7 @@ def check_envs(args: Args, envs) -> None:
                         f"and next-step autoreset, as in Pong-v5; there are {obs}, {actions}, {reset}")  # fmt: skip
 
 
-def true_game(terminations, truncations, infos):
+def true_game(truncations, infos):
     """The game's own rewards [num_envs] and whether a game is over [num_envs], however lives and clipping train."""
     return infos["reward"], (infos["terminated"] != 0) | truncations
 
@@ -217,26 +219,27 @@ class Agent(nn.Module):
     """The convolutional network of Mnih et al. 2015 (Nature 518) under a policy head and two value heads; and RND.
 
     Its two networks make features [batch, 512] of normalised pictures [batch, 1, 84, 84]: `target` is random and never
-    trained, and `predictor`, with two layers more, as in the paper, learns to give the same.
+    trained, and `predictor`, with two layers more, as in the paper, learns to give the same. LeakyReLU in
+    their convolutions is the authors' code.
     """
 
     def __init__(self, num_actions: int, bf16: bool = False):
         super().__init__()
         self.dtype = torch.bfloat16 if bf16 else torch.float32
 
-        def convolutions(channels: int) -> nn.Module:
+        def convolutions(channels: int, activation: nn.Module) -> nn.Module:
             return nn.Sequential(
-                layer_init(nn.Conv2d(channels, 32, 8, stride=4)), nn.ReLU(),
-                layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
-                layer_init(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(), nn.Flatten(),
+                layer_init(nn.Conv2d(channels, 32, 8, stride=4)), activation,
+                layer_init(nn.Conv2d(32, 64, 4, stride=2)), activation,
+                layer_init(nn.Conv2d(64, 64, 3, stride=1)), activation, nn.Flatten(),
                 layer_init(nn.Linear(7 * 7 * 64, 512)),
             )  # fmt: skip
 
-        self.network = nn.Sequential(convolutions(4), nn.ReLU())
+        self.network = nn.Sequential(convolutions(4, nn.ReLU()), nn.ReLU())
         self.actor, self.critic = layer_init(nn.Linear(512, num_actions), 0.01), layer_init(nn.Linear(512, 2), 1)
-        self.target = convolutions(1).requires_grad_(False)
+        self.target = convolutions(1, nn.LeakyReLU(0.2)).requires_grad_(False)
         self.predictor = nn.Sequential(
-            convolutions(1), nn.ReLU(),
+            convolutions(1, nn.LeakyReLU(0.2)), nn.ReLU(),
             layer_init(nn.Linear(512, 512)), nn.ReLU(),
             layer_init(nn.Linear(512, 512)),
         )  # fmt: skip
@@ -256,13 +259,9 @@ class Agent(nn.Module):
         pixels = (pixels - self.obs_moments.mean) * (self.obs_moments.var + 1e-4).rsqrt()
         return pixels.clamp(-5, 5).view(pictures.shape)
 
-    def scale(self, rewards):
-        """Intrinsic rewards in units of the standard deviation of their running discounted sum."""
-        return rewards * (self.return_moments.var + 1e-12).rsqrt()
-
     def forward(self, obs):
         """Logits [batch, num_actions], extrinsic and intrinsic values [batch, 2] for obs [batch, 4, 84, 84] uint8."""
-        pixels = obs.to(memory_format=torch.channels_last).to(self.dtype).div_(255)  # fast: in place, 4 times on a CPU
+        pixels = obs.to(memory_format=torch.channels_last).to(self.dtype).div_(255)  # fast: in place, on a CPU 4-fold
         with torch.autocast(obs.device.type, torch.bfloat16, self.dtype is torch.bfloat16, cache_enabled=False):
             hidden = self.network(pixels).float()  # heads and losses are always float32
         return self.actor(hidden), self.critic(hidden)
@@ -285,11 +284,10 @@ class Rollout:
         T, N, shape = args.num_steps, args.num_envs, envs.single_observation_space.shape
         self.host = host(N, *shape, dtype=torch.uint8), host(N, dtype=torch.int32), host(3, T + 1, N)
         self.host_obs, self.host_actions, self.host_outcomes = self.host
-        self.outcomes = self.host_outcomes.to(device)  # on a CPU the very same
+        self.outcomes = self.host_outcomes.to(device)  # on a CPU the same tensor, and copying to it does nothing
         self.obs = torch.zeros(T + 1, N, *shape, dtype=torch.uint8, device=device)
         self.actions = torch.zeros(T, N, dtype=torch.int64, device=device)
         self.logprobs, self.values = torch.zeros(T, N, device=device), torch.zeros(T + 1, N, 2, device=device)
-        self.int_rewards = torch.zeros(T + 1, N, device=device)  # unscaled, rows as those of outcomes
         self.discounted = torch.zeros(N, device=device)  # discounted sums of the intrinsic rewards so far
         self.gumbel = torch.zeros(T, N, int(envs.single_action_space.n), device=device)
         self.permutations = torch.zeros(args.update_epochs, T * N, dtype=torch.int64, device=device)
@@ -297,7 +295,7 @@ class Rollout:
 
 def draw_noise(rollout: Rollout, generator: torch.Generator) -> None:
     """Draw all the randomness of one iteration, outside all that is compiled or captured: no graph can freeze it."""
-    rollout.gumbel.exponential_(generator=generator).log_().neg_()
+    rollout.gumbel.exponential_(generator=generator).log_().neg_()  # -log of an exponential variate is Gumbel
     for permutation in rollout.permutations:
         torch.randperm(len(permutation), generator=generator, out=permutation)
 
@@ -310,10 +308,10 @@ def sample_actions(agent: Agent, obs, gumbel):
 
 
 @torch.no_grad()
-def act(sample_actions, agent: Agent, rollout: Rollout, t: int) -> None:
+def act(sample_fn, agent: Agent, rollout: Rollout, t: int) -> None:
     """Step t of acting: the newest observations into the rollout, and actions for them back to the host."""
     rollout.obs[t].copy_(rollout.host_obs, non_blocking=True)
-    actions, logprobs, values = sample_actions(agent, rollout.obs[t], rollout.gumbel[t])
+    actions, logprobs, values = sample_fn(agent, rollout.obs[t], rollout.gumbel[t])
     rollout.actions[t].copy_(actions)
     rollout.logprobs[t].copy_(logprobs)
     rollout.values[t].copy_(values)
@@ -428,12 +426,12 @@ def update(agent: Agent, optimizer, rollout: Rollout, args: Args, gradients=grad
         advantages = gae(rewards, values, terminations, dones, args.gamma, args.gae_lambda)
 
         errors = torch.cat([prediction_errors(agent, some) for some in pictures.chunk(args.num_minibatches)])
-        rollout.int_rewards[1:].copy_(errors.view_as(advantages))
+        int_rewards = torch.cat([torch.zeros_like(rewards[:1]), errors.view_as(advantages)])  # row 0 is never read
         no_ends = torch.zeros_like(dones)  # what is new stays new however a game ends
-        discounted = discounted_returns(rollout.int_rewards, no_ends, rollout.discounted, args.int_gamma)
+        discounted = discounted_returns(int_rewards, no_ends, rollout.discounted, args.int_gamma)
         rollout.discounted.copy_(discounted[-1])
         agent.return_moments.update(discounted.flatten(), torch.ones_like(errors))
-        int_rewards = agent.scale(rollout.int_rewards)
+        int_rewards = int_rewards * (agent.return_moments.var + 1e-12).rsqrt()  # in deviations of those sums
         int_advantages = gae(int_rewards, int_values, no_ends, no_ends, args.int_gamma, args.gae_lambda)
     valid = 1 - dones[:-1]  # the action of a reset row did nothing
     both = torch.stack([advantages, int_advantages], -1)
@@ -447,7 +445,7 @@ def update(agent: Agent, optimizer, rollout: Rollout, args: Args, gradients=grad
             grads, metrics = gradients(ppo_rnd_loss, params, agent, args, *minibatch)
             metrics["grad_norm"] = step_optimizer(optimizer, params, grads, args.max_grad_norm)
             logged.append(metrics)
-    for some in pictures.chunk(args.num_minibatches):  # only now: judged and learnt with the same statistics
+    for some in pictures.chunk(args.num_minibatches):
         agent.observe(some)
     means = {name: torch.stack([metrics[name] for metrics in logged]).mean() for name in logged[0]}
     return means | {"int_reward": int_rewards[1:].mean()}
@@ -469,8 +467,8 @@ def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=
         logits, _ = agent(torch.as_tensor(obs, device=generator.device))
         gumbel = -torch.empty_like(logits).exponential_(generator=generator).log()
         actions = (logits if greedy else logits + gumbel).argmax(-1).int().cpu().numpy()
-        obs, _, *results = envs.step(actions)
-        rewards, overs = true_game(*results)
+        obs, _, _, truncations, infos = envs.step(actions)
+        rewards, overs = true_game(truncations, infos)
         returns += rewards * playing
         playing &= ~overs
     return [] if stop else returns.tolist()
@@ -519,7 +517,7 @@ def accelerate(mode: str, agent: Agent, optimizer, rollout: Rollout, args: Args)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Read the command line; behind --resume or --evaluate stand the settings of that run, and other flags win."""
+    """Read the command line. --resume and --evaluate take over the settings of that run; other flags win over them."""
     import tyro
 
     argv, flags = sys.argv[1:] if argv is None else argv, []
@@ -580,11 +578,11 @@ def main(args: Args, stop=()) -> dict:
     started, agent_name, source = time.perf_counter(), Path(__file__).stem, args.resume or args.evaluate
     cuda = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device(args.device if cuda and ":" in args.device else "cuda:0" if cuda else "cpu")
-    fastest = "compile-cudagraphs" if can_compile() else "cudagraphs"
-    mode = args.mode if args.mode != "auto" else fastest if cuda else "eager"
+    fastest = ("compile-cudagraphs" if can_compile() else "cudagraphs") if cuda else "eager"
+    mode = fastest if args.mode == "auto" else args.mode
     if cuda:
         torch.cuda.set_device(device)
-        warnings.filterwarnings("ignore", "This instance was constructed with capturable")  # calls before the capture
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable")  # in calls before capture
         torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be recorded on the default one
     wait = torch.cuda.synchronize if cuda else lambda: None
     torch.set_num_threads(args.torch_threads or torch.get_num_threads())
@@ -613,7 +611,7 @@ def main(args: Args, stop=()) -> dict:
         with explained(f"--resume or --evaluate: {source}/checkpoint.pt is not of this agent in this environment"):
             agent.load_state_dict(saved["agent"])
             optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
-            lr = optimizer.param_groups[0]["lr"]
+            lr = optimizer.param_groups[0]["lr"]  # loading put a copy of the tensor there: fill that one from now on
             if saved["device"] == device.type:
                 generator.set_state(saved["generator"])
     summary = {"agent": agent_name, "env_id": args.env_id, "seed": args.seed, "device": str(device), "mode": mode}
@@ -622,7 +620,7 @@ def main(args: Args, stop=()) -> dict:
         return summary | final_score(args, agent, device, Path(source), stop) | {"run_dir": source}
 
     def learning_rate() -> float:
-        return args.learning_rate * (1 - args.anneal_lr * global_step / args.total_timesteps)
+        return args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
 
     def save():
         state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "returns": list(returns)}
@@ -653,9 +651,9 @@ def main(args: Args, stop=()) -> dict:
     write_file(run_dir / Path(__file__).name, Path(__file__).read_bytes())
     if not source:
         save()
-    old, new = saved["learning_rate"], learning_rate()
-    rise = f"the learning rate rises from {old:.3g} to {new:.3g}, following --total-timesteps"
-    notes = [rise] if source and new > 1.01 * old else []
+    notes, old, new = [], saved["learning_rate"], learning_rate()
+    if source and new > 1.01 * old:
+        notes.append(f"the learning rate rises from {old:.3g} to {new:.3g}, following --total-timesteps")
     for note in notes:
         tqdm.write(note, file=sys.stderr)
 
@@ -663,11 +661,13 @@ def main(args: Args, stop=()) -> dict:
     rollout, built = Rollout(args, envs, device), time.perf_counter()
     acts, learn = accelerate(mode, agent, optimizer, rollout, args)
     host_obs, host_actions, host_outcomes = (x.numpy() for x in rollout.host)
-    host_obs[:], _ = envs.reset()
+    host_obs[:] = envs.reset()[0]
     dones = np.zeros(args.num_envs, dtype=bool)
-    running, finished = np.zeros((2, args.num_envs)), []  # returns and lengths of games under way; those of ended ones
+    running = np.zeros((2, args.num_envs))  # returns and lengths of the games under way
+    finished = []  # those of the games that ended since the last point of the curves
     iterations = (args.total_timesteps - global_step) // args.batch_size
-    saved_at, compile_seconds, speeds = time.perf_counter(), 0.0, dict.fromkeys(("sps", "sps_rollout", "sps_update"))
+    saved_at, compile_seconds = time.perf_counter(), 0.0
+    speeds = {"sps": None, "sps_rollout": None, "sps_update": None}
     writer = SummaryWriter(run_dir, purge_step=global_step + 1, flush_secs=30)
     progress = tqdm(desc=args.env_id, total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True,
                     mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True)  # fmt: skip
@@ -678,8 +678,9 @@ def main(args: Args, stop=()) -> dict:
             obs, *_ = envs.step(rng.integers(network["num_actions"], size=args.num_envs, dtype=np.int32))
             agent.observe(torch.as_tensor(obs[:, -1:], device=device))
             if stop:
+                iterations = 0  # the checkpoint from before them stands: a resumed run begins with them again
                 break
-        host_obs[:], _ = envs.reset()
+        host_obs[:] = envs.reset()[0]
         progress.set_postfix_str("", refresh=False)
         built = time.perf_counter()  # they are no part of what compiling takes
     for iteration in range(iterations):
@@ -689,15 +690,16 @@ def main(args: Args, stop=()) -> dict:
         draw_noise(rollout, generator)
 
         clock = time.perf_counter()
-        host_outcomes[:, 0] = host_outcomes[:, -1]
+        host_outcomes[:, 0] = host_outcomes[:, -1]  # row 0 is the last row of the rollout before
         for t, step in enumerate(acts):
             step()
             wait()  # the actions have arrived in host_actions
             obs, rewards, terminations, truncations, infos = envs.step(host_actions)
-            true_rewards, overs = true_game(terminations, truncations, infos)
-            running += true_rewards, ~dones
+            true_rewards, overs = true_game(truncations, infos)
+            running += true_rewards, ~dones  # a reset row is no step of a game
             dones = terminations | truncations
-            host_obs[:], host_outcomes[:, t + 1] = obs, (rewards, terminations, dones)
+            host_obs[:] = obs
+            host_outcomes[:, t + 1] = rewards, terminations, dones
             if overs.any():
                 finished += running[:, overs].T.tolist()
                 running[:, overs] = 0
@@ -748,7 +750,7 @@ def main(args: Args, stop=()) -> dict:
 
 if __name__ == "__main__":
     threading.excepthook = lambda _: None  # TensorBoard's thread has its failure told by the next add_scalar
-    signals = []  # the first one ends the loop in order, a second one the process
+    signals = []  # the first one ends the loop in order, a second one of its kind the process
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number) or signal.signal(number, signal.SIG_DFL))
     try:
@@ -758,5 +760,5 @@ if __name__ == "__main__":
         if not isinstance(error, failures) and "can't allocate memory" not in str(error):
             raise  # a bug: its traceback is worth reading
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        os._exit(2 if isinstance(error, UserError) else 1)  # not by way of a stdout that may be closed or full
+        os._exit(2 if isinstance(error, UserError) else 1)  # sys.exit would flush a stdout that may be closed
     sys.exit(128 + signals[0] if signals else 0)

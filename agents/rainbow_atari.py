@@ -54,7 +54,7 @@ class Args:
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:N
     mode: Literal["auto", "eager", "compile", "cudagraphs", "compile-cudagraphs"] = "auto"  # how the functions are run
     eval_episodes: int = 10  # whole games played after training for the final score; 0 leaves the evaluation out
-    eval_greedy: bool = False  # score and film games by the most likely action instead of a sampled one
+    eval_greedy: bool = False  # score and film without sampling, noise or epsilon: by the likeliest or mean action
     run_dir: str | None = None  # folder for all that the run leaves behind; None makes one below runs/
     checkpoint_minutes: float = 5.0  # minutes between two checkpoints; one is written before training, one after it
     checkpoint_buffer: Literal["auto", "always", "never"] = "auto"  # save the replay buffer, too; auto: up to 1 GiB
@@ -123,7 +123,7 @@ class Args:
                              f"--total-timesteps {self.total_timesteps}")  # fmt: skip
         if self.resume and (self.evaluate or self.run_dir):
             raise ValueError("--resume goes on in its own folder: leave out --run-dir and --evaluate")
-        devices = ["auto", "cpu", *["cuda"][:gpus], *(f"cuda:{n}" for n in range(gpus))]
+        devices = ["auto", "cpu", *(["cuda"] if gpus else []), *(f"cuda:{n}" for n in range(gpus))]
         if self.evaluate:  # takes what this machine has
             self.device = self.device if self.device in devices else "auto"
             return
@@ -188,7 +188,7 @@ def check_envs(args: Args, envs) -> None:
                         f"and next-step autoreset, as in Pong-v5; there are {obs}, {actions}, {reset}")  # fmt: skip
 
 
-def true_game(terminations, truncations, infos):
+def true_game(truncations, infos):
     """The game's own rewards [num_envs] and whether a game is over [num_envs], however lives and clipping train."""
     return infos["reward"], (infos["terminated"] != 0) | truncations
 
@@ -239,7 +239,7 @@ class QNetwork(nn.Module):
         noise: [sum(noise_sizes)], the same for all obs, or [batch, sum(noise_sizes)].
         """
         noise = noise.split(self.noise_sizes, -1)
-        pixels = obs.to(memory_format=torch.channels_last).to(self.dtype).div_(255)  # fast: in place, 4 times on a CPU
+        pixels = obs.to(memory_format=torch.channels_last).to(self.dtype).div_(255)  # fast: in place, on a CPU 4-fold
         with torch.autocast(obs.device.type, torch.bfloat16, self.dtype is torch.bfloat16, cache_enabled=False):
             features = self.network(pixels)
             hidden = self.value[0](features, noise[0]).relu(), self.advantage[0](features, noise[2]).relu()
@@ -282,7 +282,7 @@ class Rollout:
         T, N, shape = args.num_steps, args.num_envs, envs.single_observation_space.shape
         self.host = host(N, *shape, dtype=torch.uint8), host(N, dtype=torch.int32), host(4, N)
         self.host_obs, self.host_actions, self.host_outcomes = self.host
-        self.obs, self.outcomes = self.host_obs.to(device), self.host_outcomes.to(device)  # on a CPU the very same
+        self.obs, self.outcomes = self.host_obs.to(device), self.host_outcomes.to(device)  # on a CPU the same tensors
         self.actions = torch.zeros(N, dtype=torch.int64, device=device)
         self.act_noise = torch.zeros(T, N, noise_size, device=device)
         self.update_noise = torch.zeros(args.num_updates, 3, noise_size, device=device)
@@ -341,22 +341,22 @@ class PrioritizedReplay(nn.Module):
         places = torch.searchsorted(sums[:-1], ((strata - random) / random.shape[-1] * sums[-1]).flatten())
         env, row = places % self.num_envs, places // self.num_envs
 
-        def take(ring, row, env=env):
+        def take(ring, row, env):
             places = row * self.num_envs + env
             return ring.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape)
 
         def stacks(row):  # the first frame of a game stands for those before it, as in envpool
             back = torch.arange(self.depth - 1, -1, -1, device=row.device)
-            back = back.minimum(take(self.ages, row).long()[:, None])
+            back = back.minimum(take(self.ages, row, env).long()[:, None])
             return take(self.frames, (row[:, None] - back) % self.num_rows, env[:, None])
 
         last, returns, discounts = row, 0, 1
         for _ in range(self.n_step):
-            ended = take(self.dones, last) == 1  # an episode that is shorter: nothing is added any more
+            ended = take(self.dones, last, env) == 1  # an episode that is shorter: nothing is added any more
             last = torch.where(ended, last, (last + 1) % self.num_rows)
-            returns = returns + torch.where(ended, 0, discounts * take(self.rewards, last))
-            discounts = discounts * torch.where(ended, 1, self.gamma * (1 - take(self.terminations, last)))
-        actions, priorities = take(self.actions, row), take(self.priorities, row)
+            returns = returns + torch.where(ended, 0, discounts * take(self.rewards, last, env))
+            discounts = discounts * torch.where(ended, 1, self.gamma * (1 - take(self.terminations, last, env)))
+        actions, priorities = take(self.actions, row, env), take(self.priorities, row, env)
         return [stacks(row), actions, returns, discounts, stacks(last), priorities, places]
 
     def prioritize(self, places, priorities) -> None:
@@ -412,8 +412,7 @@ def rainbow_loss(agent: Agent, args: Args, noise, obs, actions, returns, discoun
     weights = there * priorities.clamp(min=1e-9) ** -agent.importance_exponent
     with torch.no_grad():
         best = agent(next_obs, noise[1]).argmax(-1)  # chosen by one network, valued by the other
-        next_probs = agent.target_network(next_obs, noise[2]).exp()
-        next_probs = next_probs.take_along_dim(best[:, None, None], 1).squeeze(1)
+        next_probs = agent.target_network(next_obs, noise[2]).take_along_dim(best[:, None, None], 1).squeeze(1).exp()
         targets = project(next_probs, returns[:, None] + discounts[:, None] * agent.atoms, agent.atoms)
     log_probs = agent.q_network(obs, noise[0]).take_along_dim(actions[:, None, None], 1).squeeze(1)
     divergences = (torch.xlogy(targets, targets) - targets * log_probs).sum(-1)
@@ -475,8 +474,8 @@ def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=
         if not greedy:
             draw_factors(noise, generator)
         actions = agent(torch.as_tensor(obs, device=generator.device), noise).argmax(-1).int().cpu().numpy()
-        obs, _, *results = envs.step(actions)
-        rewards, overs = true_game(*results)
+        obs, _, _, truncations, infos = envs.step(actions)
+        rewards, overs = true_game(truncations, infos)
         returns += rewards * playing
         playing &= ~overs
     return [] if stop else returns.tolist()
@@ -527,7 +526,7 @@ def accelerate(mode: str, agent: Agent, optimizer, replay: PrioritizedReplay, ro
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Read the command line; behind --resume or --evaluate stand the settings of that run, and other flags win."""
+    """Read the command line. --resume and --evaluate take over the settings of that run; other flags win over them."""
     import tyro
 
     argv, flags = sys.argv[1:] if argv is None else argv, []
@@ -600,11 +599,11 @@ def main(args: Args, stop=()) -> dict:
     started, agent_name, source = time.perf_counter(), Path(__file__).stem, args.resume or args.evaluate
     cuda = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device(args.device if cuda and ":" in args.device else "cuda:0" if cuda else "cpu")
-    fastest = "compile-cudagraphs" if can_compile() else "cudagraphs"
-    mode = args.mode if args.mode != "auto" else fastest if cuda else "eager"
+    fastest = ("compile-cudagraphs" if can_compile() else "cudagraphs") if cuda else "eager"
+    mode = fastest if args.mode == "auto" else args.mode
     if cuda:
         torch.cuda.set_device(device)
-        warnings.filterwarnings("ignore", "This instance was constructed with capturable")  # calls before the capture
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable")  # in calls before capture
         torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be recorded on the default one
     wait = torch.cuda.synchronize if cuda else lambda: None
     torch.set_num_threads(args.torch_threads or torch.get_num_threads())
@@ -634,7 +633,7 @@ def main(args: Args, stop=()) -> dict:
         with explained(f"--resume or --evaluate: {source}/checkpoint.pt is not of this agent in this environment"):
             agent.load_state_dict(saved["agent"] | {"atoms": agent.atoms})  # of the flags, which may be new
             optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
-            lr = optimizer.param_groups[0]["lr"]
+            lr = optimizer.param_groups[0]["lr"]  # loading put a copy of the tensor there: fill that one from now on
             if saved["device"] == device.type:
                 generator.set_state(saved["generator"])
     summary = {"agent": agent_name, "env_id": args.env_id, "seed": args.seed, "device": str(device), "mode": mode}
@@ -642,22 +641,21 @@ def main(args: Args, stop=()) -> dict:
     if args.evaluate:
         return summary | final_score(args, agent, device, Path(source), stop) | {"run_dir": source}
 
-    rollout, refill = Rollout(args, envs, agent.noise_size, device), 0
+    rollout = Rollout(args, envs, agent.noise_size, device)
+    refill = 0  # iterations that fill a buffer anew that no checkpoint has
     buffer_bytes = sum(x.nbytes for x in PrioritizedReplay(args, rollout, torch.device("meta")).buffers())
     check_memory(args, buffer_bytes, device)
-    replay, keeps = PrioritizedReplay(args, rollout, device), {"always": math.inf, "auto": 2**30, "never": 0}
+    replay = PrioritizedReplay(args, rollout, device)
+    keeps = {"always": math.inf, "auto": 2**30, "never": 0}  # bytes up to which a checkpoint has it
     if "replay" in saved:
         with explained(f"{source}/checkpoint.pt: its buffer is of another --buffer-size, --num-envs or --n-step"):
             replay.load_state_dict(saved.pop("replay"))
         replay.dones[replay.row] = 1  # no transition leads from games that were left to those that begin now
-    elif source and global_step + args.iteration_steps <= args.total_timesteps:
+    elif args.resume and global_step + args.iteration_steps <= args.total_timesteps:
         refill = math.ceil(min(global_step, max(args.learning_starts, 1)) / args.iteration_steps)
 
     def learning_rate() -> float:
-        return args.learning_rate * (1 - args.anneal_lr * global_step / args.total_timesteps)
-
-    def importance_exponent() -> float:
-        return args.importance_exponent + (1 - args.importance_exponent) * global_step / args.total_timesteps
+        return args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
 
     def save():
         state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "returns": list(returns)}
@@ -689,9 +687,9 @@ def main(args: Args, stop=()) -> dict:
     write_file(run_dir / Path(__file__).name, Path(__file__).read_bytes())
     if not source:
         save()
-    old, new = saved["learning_rate"], learning_rate()
-    rise = f"the learning rate rises from {old:.3g} to {new:.3g}, following --total-timesteps"
-    notes = [rise] if source and new > 1.01 * old else []
+    notes, old, new = [], saved["learning_rate"], learning_rate()
+    if source and new > 1.01 * old:
+        notes.append(f"the learning rate rises from {old:.3g} to {new:.3g}, following --total-timesteps")
     steps = f"{refill * args.iteration_steps} steps, which do not count"
     notes += [f"the replay buffer was not saved: {steps}, fill it anew"] if refill else []
     for note in notes:
@@ -700,39 +698,45 @@ def main(args: Args, stop=()) -> dict:
     # ---- the loop ----
     acts, learn = accelerate(mode, agent, optimizer, replay, rollout, args)
     host_obs, host_actions, host_outcomes = (x.numpy() for x in rollout.host)
-    host_obs[:], _ = envs.reset()
+    host_obs[:] = envs.reset()[0]
     dones = overs = np.zeros(args.num_envs, dtype=bool)
     ages = lives = np.zeros(args.num_envs, dtype=np.int32)
-    running, finished = np.zeros((2, args.num_envs)), []  # returns and lengths of games under way; those of ended ones
+    running = np.zeros((2, args.num_envs))  # returns and lengths of the games under way
+    finished = []  # those of the games that ended since the last point of the curves
     iterations = (args.total_timesteps - global_step) // args.iteration_steps
-    saved_at, compile_seconds, speeds = time.perf_counter(), 0.0, dict.fromkeys(("sps", "sps_rollout", "sps_update"))
+    saved_at, compile_seconds = time.perf_counter(), 0.0
+    speeds = {"sps": None, "sps_rollout": None, "sps_update": None}
     metrics, learned = {}, 0  # iterations that learned
     writer = SummaryWriter(run_dir, purge_step=global_step + 1, flush_secs=30)
     progress = tqdm(desc=args.env_id, total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True,
                     mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True)  # fmt: skip
     for iteration in range(-refill, iterations):
-        began, learning = time.perf_counter(), iteration >= 0 and global_step >= max(args.learning_starts, 1)
+        began = time.perf_counter()
+        learning = iteration >= 0 and global_step >= max(args.learning_starts, 1)  # never from an empty buffer
         if learned <= 3:  # SPS counts from the fourth iteration that learns: those before compile and capture
             loop_start, loop_step, seconds = began, global_step, {"sps_rollout": 0.0, "sps_update": 0.0}
         lr.fill_(learning_rate())
-        agent.importance_exponent.fill_(importance_exponent())
+        agent.importance_exponent.fill_(1 - (1 - args.importance_exponent) * (1 - global_step / args.total_timesteps))
         draw_noise(rollout, generator)
 
-        clock = time.perf_counter()
+        clock, update_seconds = time.perf_counter(), 0.0
         for step in acts:
             step()
             wait()  # the actions have arrived in host_actions; on a GPU, the last learning phase is over, too
-            if step is acts[-1]:
+            if learning and step is acts[-1]:
                 update_clock = time.perf_counter()
-                metrics = learn() if learning else metrics  # fast: a GPU learns while the environments step
+                metrics = learn()  # fast: a GPU learns while the environments step
                 update_seconds = time.perf_counter() - update_clock  # on a GPU, of the launch alone
             obs, rewards, terminations, truncations, infos = envs.step(host_actions)
-            # a new game follows the end of one, which can also come unseen, in the pause after a lost life
-            ages = np.where(overs | (dones & (infos["lives"] > lives)), 0, ages + 1)
-            true_rewards, overs = true_game(terminations, truncations, infos)
-            running += true_rewards, ~dones
+            # a game begins after the end of one; and in a reset row with more lives than before: then the last one
+            # ended unseen, among the frames that envpool plays by itself after a lost life
+            begins = overs | (dones & (infos["lives"] > lives))  # all but infos are of the step before
+            ages = np.where(begins, 0, ages + 1)
+            true_rewards, overs = true_game(truncations, infos)
+            running += true_rewards, ~dones  # a reset row is no step of a game
             dones, lives = terminations | truncations, infos["lives"]
-            host_obs[:], host_outcomes[:] = obs, (rewards, terminations, dones, ages)
+            host_obs[:] = obs
+            host_outcomes[:] = rewards, terminations, dones, ages
             if overs.any():
                 finished += running[:, overs].T.tolist()
                 running[:, overs] = 0
@@ -740,11 +744,11 @@ def main(args: Args, stop=()) -> dict:
         seconds["sps_rollout"] += time.perf_counter() - clock - update_seconds
 
         learned += learning
-        if iteration < 3 - refill or (learning and learned <= 3):
+        if iteration < 3 - refill or (learning and learned <= 3):  # acts or learn are not replayed yet
             compile_seconds += time.perf_counter() - began
-        if iteration < 0 and stop:
-            break
         if iteration < 0:  # steps that fill the replay buffer anew count for nothing
+            if stop:
+                break
             continue
         global_step += args.iteration_steps
         if learning and global_step % args.target_network_frequency < args.iteration_steps:  # a multiple was passed
@@ -755,7 +759,7 @@ def main(args: Args, stop=()) -> dict:
         if saving or iteration % max(1, args.total_timesteps // args.iteration_steps // 1000) == 0:
             scalars = {f"losses/{name}": value.item() for name, value in metrics.items()}
             seconds["sps"] = time.perf_counter() - loop_start
-            speeds = {name: (global_step - loop_step) / value for name, value in seconds.items()}
+            speeds = {name: (global_step - loop_step) / value if value else None for name, value in seconds.items()}
             scalars |= {"charts/SPS": speeds["sps"], "charts/learning_rate": lr.item()}
             scalars |= {"charts/importance_exponent": agent.importance_exponent.item()}
             if finished:
@@ -790,7 +794,7 @@ def main(args: Args, stop=()) -> dict:
 
 if __name__ == "__main__":
     threading.excepthook = lambda _: None  # TensorBoard's thread has its failure told by the next add_scalar
-    signals = []  # the first one ends the loop in order, a second one the process
+    signals = []  # the first one ends the loop in order, a second one of its kind the process
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number) or signal.signal(number, signal.SIG_DFL))
     try:
@@ -800,5 +804,5 @@ if __name__ == "__main__":
         if not isinstance(error, failures) and "can't allocate memory" not in str(error):
             raise  # a bug: its traceback is worth reading
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        os._exit(2 if isinstance(error, UserError) else 1)  # not by way of a stdout that may be closed or full
+        os._exit(2 if isinstance(error, UserError) else 1)  # sys.exit would flush a stdout that may be closed
     sys.exit(128 + signals[0] if signals else 0)

@@ -52,7 +52,7 @@ class Args:
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:N
     mode: Literal["auto", "eager", "compile", "cudagraphs", "compile-cudagraphs"] = "auto"  # how the functions are run
     eval_episodes: int = 20  # whole games played after training for the final score; 0 leaves the evaluation out
-    eval_greedy: bool = False  # score and film games by the most likely action instead of a sampled one
+    eval_greedy: bool = False  # score and film without sampling, noise or epsilon: by the likeliest or mean action
     run_dir: str | None = None  # folder for all that the run leaves behind; None makes one below runs/
     checkpoint_minutes: float = 5.0  # minutes between two checkpoints; one is written before training, one after it
     resume: str | None = None  # go on with the run in this folder, under its settings unless other flags say otherwise
@@ -99,7 +99,7 @@ class Args:
                              f"{self.num_minibatches}, at most --total-timesteps {self.total_timesteps}")  # fmt: skip
         if self.resume and (self.evaluate or self.run_dir):
             raise ValueError("--resume goes on in its own folder: leave out --run-dir and --evaluate")
-        devices = ["auto", "cpu", *["cuda"][:gpus], *(f"cuda:{n}" for n in range(gpus))]
+        devices = ["auto", "cpu", *(["cuda"] if gpus else []), *(f"cuda:{n}" for n in range(gpus))]
         if self.evaluate:  # takes what this machine has
             self.device = self.device if self.device in devices else "auto"
             return
@@ -289,7 +289,7 @@ class Rollout:
         dtype = torch.float64 if space.dtype == np.float64 else torch.float32
         self.host = host(N, *shape), host(N, *space.shape, dtype=dtype), host(3, T + 1, N)
         self.host_obs, self.host_actions, self.host_outcomes = self.host
-        self.outcomes = self.host_outcomes.to(device)  # on a CPU the very same
+        self.outcomes = self.host_outcomes.to(device)  # on a CPU the same tensor, and copying to it does nothing
         self.obs = torch.zeros(T + 1, N, *shape, device=device)
         self.actions = torch.zeros(T, N, *space.shape, device=device)  # as drawn
         self.noise = torch.zeros(T, N, *space.shape, device=device)
@@ -489,7 +489,7 @@ def accelerate(mode: str, agent: Agent, optimizer, rollout: Rollout, args: Args)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Read the command line; behind --resume or --evaluate stand the settings of that run, and other flags win."""
+    """Read the command line. --resume and --evaluate take over the settings of that run; other flags win over them."""
     import tyro
 
     argv, flags = sys.argv[1:] if argv is None else argv, []
@@ -554,12 +554,11 @@ def main(args: Args, stop=()) -> dict:
     started, agent_name, source = time.perf_counter(), Path(__file__).stem, args.resume or args.evaluate
     cuda = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device(args.device if cuda and ":" in args.device else "cuda:0" if cuda else "cpu")
-    mode = args.mode if args.mode != "auto" else "compile-cudagraphs" if cuda else "compile"
-    if args.mode == "auto" and not can_compile():
-        mode = "cudagraphs" if cuda else "eager"
+    fastest = ("compile-cudagraphs" if cuda else "compile") if can_compile() else ("cudagraphs" if cuda else "eager")
+    mode = fastest if args.mode == "auto" else args.mode
     if cuda:
         torch.cuda.set_device(device)
-        warnings.filterwarnings("ignore", "This instance was constructed with capturable")  # calls before the capture
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable")  # in calls before capture
         torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be recorded on the default one
     wait = torch.cuda.synchronize if cuda else lambda: None
     torch.set_num_threads(args.torch_threads or torch.get_num_threads())
@@ -586,7 +585,7 @@ def main(args: Args, stop=()) -> dict:
         with explained(f"--resume or --evaluate: {source}/checkpoint.pt is not of this agent in this environment"):
             agent.load_state_dict(saved["agent"])
             optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
-            lr = optimizer.param_groups[0]["lr"]
+            lr = optimizer.param_groups[0]["lr"]  # loading put a copy of the tensor there: fill that one from now on
             if saved["device"] == device.type:
                 generator.set_state(saved["generator"])
     summary = {"agent": agent_name, "env_id": args.env_id, "seed": args.seed, "device": str(device), "mode": mode}
@@ -595,7 +594,7 @@ def main(args: Args, stop=()) -> dict:
         return summary | final_score(args, agent, device, Path(source), stop) | {"run_dir": source}
 
     def learning_rate() -> float:
-        return args.learning_rate * (1 - args.anneal_lr * global_step / args.total_timesteps)
+        return args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
 
     def save():
         state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "returns": list(returns)}
@@ -626,9 +625,9 @@ def main(args: Args, stop=()) -> dict:
     write_file(run_dir / Path(__file__).name, Path(__file__).read_bytes())
     if not source:
         save()
-    old, new = saved["learning_rate"], learning_rate()
-    rise = f"the learning rate rises from {old:.3g} to {new:.3g}, following --total-timesteps"
-    notes = [rise] if source and new > 1.01 * old else []
+    notes, old, new = [], saved["learning_rate"], learning_rate()
+    if source and new > 1.01 * old:
+        notes.append(f"the learning rate rises from {old:.3g} to {new:.3g}, following --total-timesteps")
     for note in notes:
         tqdm.write(note, file=sys.stderr)
 
@@ -636,11 +635,13 @@ def main(args: Args, stop=()) -> dict:
     rollout, built = Rollout(args, envs, device), time.perf_counter()
     acts, learn = accelerate(mode, agent, optimizer, rollout, args)
     host_obs, host_actions, host_outcomes = (x.numpy() for x in rollout.host)
-    host_obs[:], _ = envs.reset()
+    host_obs[:] = envs.reset()[0]
     dones = np.zeros(args.num_envs, dtype=bool)
-    running, finished = np.zeros((2, args.num_envs)), []  # returns and lengths of games under way; those of ended ones
+    running = np.zeros((2, args.num_envs))  # returns and lengths of the games under way
+    finished = []  # those of the games that ended since the last point of the curves
     iterations = (args.total_timesteps - global_step) // args.batch_size
-    saved_at, compile_seconds, speeds = time.perf_counter(), 0.0, dict.fromkeys(("sps", "sps_rollout", "sps_update"))
+    saved_at, compile_seconds = time.perf_counter(), 0.0
+    speeds = {"sps": None, "sps_rollout": None, "sps_update": None}
     writer = SummaryWriter(run_dir, purge_step=global_step + 1, flush_secs=30)
     progress = tqdm(desc=args.env_id, total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True,
                     mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True)  # fmt: skip
@@ -651,14 +652,15 @@ def main(args: Args, stop=()) -> dict:
         draw_noise(rollout, generator)
 
         clock = time.perf_counter()
-        host_outcomes[:, 0] = host_outcomes[:, -1]
+        host_outcomes[:, 0] = host_outcomes[:, -1]  # row 0 is the last row of the rollout before
         for t, step in enumerate(acts):
             step()
             wait()  # the actions have arrived in host_actions
             obs, rewards, terminations, truncations, _ = envs.step(host_actions)
-            running += rewards, ~dones
+            running += rewards, ~dones  # a reset row is no step of a game
             dones = terminations | truncations
-            host_obs[:], host_outcomes[:, t + 1] = obs, (rewards, terminations, dones)
+            host_obs[:] = obs
+            host_outcomes[:, t + 1] = rewards, terminations, dones
             if dones.any():
                 finished += running[:, dones].T.tolist()
                 running[:, dones] = 0
@@ -709,7 +711,7 @@ def main(args: Args, stop=()) -> dict:
 
 if __name__ == "__main__":
     threading.excepthook = lambda _: None  # TensorBoard's thread has its failure told by the next add_scalar
-    signals = []  # the first one ends the loop in order, a second one the process
+    signals = []  # the first one ends the loop in order, a second one of its kind the process
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number) or signal.signal(number, signal.SIG_DFL))
     try:
@@ -719,5 +721,5 @@ if __name__ == "__main__":
         if not isinstance(error, failures) and "can't allocate memory" not in str(error):
             raise  # a bug: its traceback is worth reading
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        os._exit(2 if isinstance(error, UserError) else 1)  # not by way of a stdout that may be closed or full
+        os._exit(2 if isinstance(error, UserError) else 1)  # sys.exit would flush a stdout that may be closed
     sys.exit(128 + signals[0] if signals else 0)

@@ -52,7 +52,7 @@ class Args:
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda or cuda:N
     mode: Literal["auto", "eager", "compile", "cudagraphs", "compile-cudagraphs"] = "auto"  # how the functions are run
     eval_episodes: int = 20  # whole games played after training for the final score; 0 leaves the evaluation out
-    eval_greedy: bool = False  # score and film games by the most likely action instead of a sampled one
+    eval_greedy: bool = False  # score and film without sampling, noise or epsilon: by the likeliest or mean action
     run_dir: str | None = None  # folder for all that the run leaves behind; None makes one below runs/
     checkpoint_minutes: float = 5.0  # minutes between two checkpoints; one is written before training, one after it
     checkpoint_buffer: Literal["auto", "always", "never"] = "auto"  # save the replay buffer, too; auto: up to 1 GiB
@@ -103,7 +103,7 @@ class Args:
                              "must come before its end")  # fmt: skip
         if self.resume and (self.evaluate or self.run_dir):
             raise ValueError("--resume goes on in its own folder: leave out --run-dir and --evaluate")
-        devices = ["auto", "cpu", *["cuda"][:gpus], *(f"cuda:{n}" for n in range(gpus))]
+        devices = ["auto", "cpu", *(["cuda"] if gpus else []), *(f"cuda:{n}" for n in range(gpus))]
         if self.evaluate:  # takes what this machine has
             self.device = self.device if self.device in devices else "auto"
             return
@@ -290,7 +290,7 @@ class Rollout:
         dtype = torch.float64 if actions.dtype == np.float64 else torch.float32
         self.host = host(N, *envs.single_observation_space.shape), host(N, *actions.shape, dtype=dtype), host(3, N)
         self.host_obs, self.host_actions, self.host_outcomes = self.host
-        self.obs, self.outcomes = self.host_obs.to(device), self.host_outcomes.to(device)  # on a CPU the very same
+        self.obs, self.outcomes = self.host_obs.to(device), self.host_outcomes.to(device)  # on a CPU the same tensors
         self.actions = torch.zeros(N, *actions.shape, device=device)  # within [-1, 1]
         self.exploring = torch.zeros((), dtype=torch.bool, device=device)  # until learning starts
         self.noise = torch.zeros(T, N, *actions.shape, device=device)
@@ -331,12 +331,14 @@ class Replay(nn.Module):
         terminations, next_obs, and valid, which is 1 in transitions that count and 0 in others.
         """
         number = random % (self.complete.clamp(min=1) * self.num_envs)
-        env, row = number % self.num_envs, self.row - 1 - number // self.num_envs
-        here, after = (x % self.num_rows * self.num_envs + env for x in (row, row + 1))
-        parts = [(self.obs, here), (self.actions, here), (self.rewards, after), (self.terminations, after)]
-        parts += [(self.obs, after), (self.dones, here)]
-        *batch, dones = (ring.flatten(0, 1).index_select(0, places) for ring, places in parts)
-        return [*batch, 1 - dones]
+        env, row = number % self.num_envs, (self.row - 1 - number // self.num_envs) % self.num_rows
+
+        def take(ring, row):
+            return ring.flatten(0, 1).index_select(0, row * self.num_envs + env)
+
+        after = (row + 1) % self.num_rows
+        result = [take(self.obs, row), take(self.actions, row), take(self.rewards, after)]
+        return result + [take(self.terminations, after), take(self.obs, after), 1 - take(self.dones, row)]
 
 
 def draw_noise(rollout: Rollout, generator: torch.Generator) -> None:
@@ -353,12 +355,12 @@ def sample_actions(agent: Agent, obs, noise, exploring):
 
 
 @torch.no_grad()
-def act(sample_actions, agent: Agent, replay: Replay, rollout: Rollout, t: int) -> None:
+def act(sample_fn, agent: Agent, replay: Replay, rollout: Rollout, t: int) -> None:
     """Step t of acting: what the last step led to into the replay buffer, and new actions back to the host."""
     rollout.obs.copy_(rollout.host_obs, non_blocking=True)
     rollout.outcomes.copy_(rollout.host_outcomes, non_blocking=True)
     replay.store(rollout.obs, rollout.outcomes)
-    rollout.actions.copy_(sample_actions(agent, rollout.obs, rollout.noise[t], rollout.exploring))
+    rollout.actions.copy_(sample_fn(agent, rollout.obs, rollout.noise[t], rollout.exploring))
     replay.remember(rollout.actions)
     rollout.host_actions.copy_(agent.scale(rollout.actions), non_blocking=True)
 
@@ -368,7 +370,7 @@ def sac_critic_loss(agent: Agent, args: Args, obs, actions, rewards, termination
 
     Every argument is [batch_size, ...]; `valid` is 1 in transitions that count and 0 in others.
     """
-    weights = valid / valid.sum().clamp(min=1)
+    weights = valid / valid.sum().clamp(min=1)  # x @ weights is the mean of x over what counts
     with torch.no_grad():
         next_actions, next_logprobs = agent.actor(next_obs, noise)
         next_values = agent.target_critics(next_obs, next_actions).amin(0) - agent.log_alpha.exp() * next_logprobs
@@ -404,7 +406,8 @@ def update(agent: Agent, optimizers, replay: Replay, rollout: Rollout, args: Arg
     """The learning phase: the updates that one iteration owes; returns the means of the metrics."""
     q_params, policy_params = list(agent.critics.parameters()), list(agent.actor.parameters())
     targets = list(agent.target_critics.parameters())
-    policy_params += [agent.log_alpha] if args.autotune else []
+    if args.autotune:
+        policy_params.append(agent.log_alpha)
     q_optimizer, policy_optimizer = optimizers
     draws, logged = [*replay.sample(rollout.random), *rollout.update_noise], []  # fast: for all updates at once
     for *batch, q_noise, policy_noise in zip(*(x.split(args.batch_size) for x in draws)):
@@ -439,7 +442,7 @@ def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=
         if frames is not None and len(frames) < 1000:
             frames.append(Image.fromarray(envs.render()[0]))
         noise = torch.randn(envs.num_envs, len(agent.low), generator=generator, device=generator.device)
-        actions = agent.act(torch.as_tensor(obs, device=generator.device), noise * (not greedy))
+        actions = agent.act(torch.as_tensor(obs, device=generator.device), noise.zero_() if greedy else noise)
         actions = actions.cpu().numpy().astype(envs.single_action_space.dtype)
         obs, rewards, terminations, truncations, _ = envs.step(actions)
         returns += rewards * playing
@@ -493,7 +496,7 @@ def accelerate(mode: str, agent: Agent, optimizers, replay: Replay, rollout: Rol
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Read the command line; behind --resume or --evaluate stand the settings of that run, and other flags win."""
+    """Read the command line. --resume and --evaluate take over the settings of that run; other flags win over them."""
     import tyro
 
     argv, flags = sys.argv[1:] if argv is None else argv, []
@@ -570,12 +573,11 @@ def main(args: Args, stop=()) -> dict:
     started, agent_name, source = time.perf_counter(), Path(__file__).stem, args.resume or args.evaluate
     cuda = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device(args.device if cuda and ":" in args.device else "cuda:0" if cuda else "cpu")
-    mode = args.mode if args.mode != "auto" else "compile-cudagraphs" if cuda else "compile"
-    if args.mode == "auto" and not can_compile():
-        mode = "cudagraphs" if cuda else "eager"
+    fastest = ("compile-cudagraphs" if cuda else "compile") if can_compile() else ("cudagraphs" if cuda else "eager")
+    mode = fastest if args.mode == "auto" else args.mode
     if cuda:
         torch.cuda.set_device(device)
-        warnings.filterwarnings("ignore", "This instance was constructed with capturable")  # calls before the capture
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable")  # in calls before capture
         torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be recorded on the default one
     wait = torch.cuda.synchronize if cuda else lambda: None
     torch.set_num_threads(args.torch_threads or torch.get_num_threads())
@@ -617,15 +619,17 @@ def main(args: Args, stop=()) -> dict:
     if args.evaluate:
         return summary | final_score(args, agent, device, Path(source), stop) | {"run_dir": source}
 
-    rollout, refill = Rollout(args, envs, device), 0
+    rollout = Rollout(args, envs, device)
+    refill = 0  # iterations that fill a buffer anew that no checkpoint has
     buffer_bytes = sum(x.nbytes for x in Replay(args, rollout, torch.device("meta")).buffers())
     check_memory(args, buffer_bytes, device)
-    replay, keeps = Replay(args, rollout, device), {"always": math.inf, "auto": 2**30, "never": 0}
+    replay = Replay(args, rollout, device)
+    keeps = {"always": math.inf, "auto": 2**30, "never": 0}  # bytes up to which a checkpoint has it
     if "replay" in saved:
         with explained(f"{source}/checkpoint.pt: its replay buffer is not of this --buffer-size and --num-envs"):
             replay.load_state_dict(saved.pop("replay"))
         replay.dones[replay.row] = 1  # no transition leads from games that were left to those that begin now
-    elif source and global_step + args.iteration_steps <= args.total_timesteps:
+    elif args.resume and global_step + args.iteration_steps <= args.total_timesteps:
         refill = math.ceil(min(global_step, max(args.learning_starts, 1)) / args.iteration_steps)
 
     def save():
@@ -666,34 +670,38 @@ def main(args: Args, stop=()) -> dict:
     # ---- the loop ----
     acts, learn = accelerate(mode, agent, optimizers, replay, rollout, args)
     host_obs, host_actions, host_outcomes = (x.numpy() for x in rollout.host)
-    host_obs[:], _ = envs.reset()
+    host_obs[:] = envs.reset()[0]
     dones = np.zeros(args.num_envs, dtype=bool)
-    running, finished = np.zeros((2, args.num_envs)), []  # returns and lengths of games under way; those of ended ones
+    running = np.zeros((2, args.num_envs))  # returns and lengths of the games under way
+    finished = []  # those of the games that ended since the last point of the curves
     iterations = (args.total_timesteps - global_step) // args.iteration_steps
-    saved_at, compile_seconds, speeds = time.perf_counter(), 0.0, dict.fromkeys(("sps", "sps_rollout", "sps_update"))
+    saved_at, compile_seconds = time.perf_counter(), 0.0
+    speeds = {"sps": None, "sps_rollout": None, "sps_update": None}
     metrics, learned = {}, 0  # iterations that learned
     writer = SummaryWriter(run_dir, purge_step=global_step + 1, flush_secs=30)
     progress = tqdm(desc=args.env_id, total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True,
                     mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True)  # fmt: skip
     for iteration in range(-refill, iterations):
-        began, learning = time.perf_counter(), iteration >= 0 and global_step >= max(args.learning_starts, 1)
+        began = time.perf_counter()
+        learning = iteration >= 0 and global_step >= max(args.learning_starts, 1)  # never from an empty buffer
         if learned <= 3:  # SPS counts from the fourth iteration that learns: those before compile and capture
             loop_start, loop_step, seconds = began, global_step, {"sps_rollout": 0.0, "sps_update": 0.0}
         rollout.exploring.fill_(global_step < args.learning_starts)
         draw_noise(rollout, generator)
 
-        clock = time.perf_counter()
+        clock, update_seconds = time.perf_counter(), 0.0
         for step in acts:
             step()
             wait()  # the actions have arrived in host_actions; on a GPU, the last learning phase is over, too
-            if step is acts[-1]:
+            if learning and step is acts[-1]:
                 update_clock = time.perf_counter()
-                metrics = learn() if learning else metrics  # fast: a GPU learns while the environments step
+                metrics = learn()  # fast: a GPU learns while the environments step
                 update_seconds = time.perf_counter() - update_clock  # on a GPU, of the launch alone
             obs, rewards, terminations, truncations, _ = envs.step(host_actions)
-            running += rewards, ~dones
+            running += rewards, ~dones  # a reset row is no step of a game
             dones = terminations | truncations
-            host_obs[:], host_outcomes[:] = obs, (rewards, terminations, dones)
+            host_obs[:] = obs
+            host_outcomes[:] = rewards, terminations, dones
             if dones.any():
                 finished += running[:, dones].T.tolist()
                 running[:, dones] = 0
@@ -701,11 +709,11 @@ def main(args: Args, stop=()) -> dict:
         seconds["sps_rollout"] += time.perf_counter() - clock - update_seconds
 
         learned += learning
-        if iteration < 3 - refill or (learning and learned <= 3):
+        if iteration < 3 - refill or (learning and learned <= 3):  # acts or learn are not replayed yet
             compile_seconds += time.perf_counter() - began
-        if iteration < 0 and stop:
-            break
         if iteration < 0:  # steps that fill the replay buffer anew count for nothing
+            if stop:
+                break
             continue
         global_step += args.iteration_steps
         progress.update(args.iteration_steps)
@@ -714,7 +722,7 @@ def main(args: Args, stop=()) -> dict:
         if saving or iteration % max(1, args.total_timesteps // args.iteration_steps // 1000) == 0:
             scalars = {f"losses/{name}": value.item() for name, value in metrics.items()}
             seconds["sps"] = time.perf_counter() - loop_start
-            speeds = {name: (global_step - loop_step) / value for name, value in seconds.items()}
+            speeds = {name: (global_step - loop_step) / value if value else None for name, value in seconds.items()}
             scalars["charts/SPS"] = speeds["sps"]
             if finished:
                 scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(finished, axis=0)
@@ -748,7 +756,7 @@ def main(args: Args, stop=()) -> dict:
 
 if __name__ == "__main__":
     threading.excepthook = lambda _: None  # TensorBoard's thread has its failure told by the next add_scalar
-    signals = []  # the first one ends the loop in order, a second one the process
+    signals = []  # the first one ends the loop in order, a second one of its kind the process
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number) or signal.signal(number, signal.SIG_DFL))
     try:
@@ -758,5 +766,5 @@ if __name__ == "__main__":
         if not isinstance(error, failures) and "can't allocate memory" not in str(error):
             raise  # a bug: its traceback is worth reading
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        os._exit(2 if isinstance(error, UserError) else 1)  # not by way of a stdout that may be closed or full
+        os._exit(2 if isinstance(error, UserError) else 1)  # sys.exit would flush a stdout that may be closed
     sys.exit(128 + signals[0] if signals else 0)

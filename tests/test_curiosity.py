@@ -398,3 +398,32 @@ def test_random_actions_come_first_and_a_resumed_run_has_their_statistics(module
     assert len(resumed[0].played) == 1 + 8
     moments = read_checkpoint(tmp_path / module.__name__)["agent"]
     assert moments["obs_moments.count"] == 4 * (3 * 8 + 3 * 8)
+
+
+@curious
+def test_a_run_stopped_among_its_random_actions_begins_with_them_again(module, monkeypatch, tmp_path):
+    """It has not judged a picture yet, and what it saved is from before the first one."""
+    signals, make = [], module.make_envs
+
+    def make_watched(args, num_envs, seed):
+        envs = make(args, num_envs, seed)
+        step = envs.step
+
+        def watched(actions):
+            played.append(actions)
+            if len(played) == 5:
+                signals.append(15)
+            return step(actions)
+
+        envs.step = watched
+        return envs
+
+    played, sizes = [], {"num_envs": 2, "num_steps": 8, "num_iterations_obs_norm_init": 2, "env_id": "Pong-v5"}
+    monkeypatch.setattr(module, "make_envs", make_watched)
+    machine = {"device": "cpu", "eval_episodes": 0, "total_timesteps": 2 * 2 * 8, "run_dir": str(tmp_path / "run")}
+    summary = module.main(module.Args(**sizes | machine), signals)
+    assert len(played) == 5 and summary["global_step"] == 0 and summary["stopped_by"] == "SIGTERM"
+    assert read_checkpoint(tmp_path / "run")["agent"]["obs_moments.count"] == 0
+    signals = []
+    module.main(module.parse_args(["--resume", str(tmp_path / "run")]))
+    assert read_checkpoint(tmp_path / "run")["agent"]["obs_moments.count"] == 2 * (2 * 8 + 2 * 8)

@@ -71,7 +71,7 @@ def test_atari_true_games_run_over_lives_and_are_not_clipped():
         rewards, ends, overs = 0.0, 0, 0
         for obs, reward, terminations, truncations, infos in play(envs, 1200, lambda rng: rng.integers(6, size=2)):
             assert obs.shape == (2, 4, 84, 84) and obs.dtype == np.uint8
-            true_rewards, over = atari.true_game(terminations, truncations, infos)
+            true_rewards, over = atari.true_game(truncations, infos)
             assert (abs(reward) <= 1).all() or not shaped
             rewards, overs, ends = rewards + true_rewards.sum(), overs + over.sum(), ends + terminations.sum()
             assert not shaped or (infos["lives"][over] == 0).all()

@@ -449,8 +449,11 @@ def test_stopped_before_the_end_leaves_a_summary(agent, tmp_path):
     argv = [*tiny(agent, run_dir=tmp_path / "run"), "--video"]
     summary = module.main(module.parse_args(argv), [signal.SIGTERM])
     assert summary["stopped_by"] == "SIGTERM" and summary == strict_json((tmp_path / "run/summary.json").read_text())
-    assert 0 < summary["global_step"] < whole_steps(agent, argv)
+    least = 0 if "num_iterations_obs_norm_init" in settings(agent) else 1  # RND: stopped among its random actions
+    assert least <= summary["global_step"] < whole_steps(agent, argv)
     assert read_checkpoint(tmp_path / "run")["global_step"] == summary["global_step"]
+    learnt = "learning_starts" not in settings(agent) and summary["global_step"] > 0
+    assert (summary["sps_update"] is not None) == learnt, "a first iteration of an off-policy agent learns nothing"
 
 
 @each_kind
