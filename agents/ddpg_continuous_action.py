@@ -11,8 +11,10 @@ Differs from the paper in
 - several environments share the replay buffer: their steps alternate with the updates that they owe, one for each;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - the reset row that the environments put between two episodes is masked out of every loss;
-- uniformly random first actions, Gaussian noise on later ones; networks, batches and learning rates as in TD3;
-- the policy and the target networks are updated with every second update of the critic.
+- uniformly random first actions, Gaussian instead of correlated noise on later ones; networks, batches, learning rates
+  and tau as in the code of TD3's authors (OurDDPG.py in github.com/sfujim/TD3);
+- no batch normalisation, no weight decay of the critic, and actions enter it in its first layer, not in its second;
+- the policy and the target networks are updated with every second update of the critic, as in CleanRL.
 """
 
 import argparse

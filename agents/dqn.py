@@ -7,6 +7,7 @@
 
     python agents/dqn.py --env-id CartPole-v1 --seed 1
 
+The network and the defaults are CleanRL's (dqn.py), but with 10 environments and a falling learning rate.
 Differs from the paper in
 - several environments share the replay buffer: their steps alternate with learning phases, in which the updates that
   these steps owe are made up for, as many as for one environment;
@@ -281,7 +282,7 @@ def act(policy, replay: Replay, rollout: Rollout, t: int) -> None:
 
 def dqn_loss(agent: Agent, args: Args, obs, actions, rewards, terminations, next_obs, valid):
     """Half the mean squared error of Q(obs, actions) against one-step targets, over a minibatch, and numbers to log
-    (Mnih et al. 2015, equation 2).
+    (Mnih et al. 2015, algorithm 1).
 
     Every argument is [batch_size, ...]; `valid` is 1 in transitions that count and 0 in others.
     """

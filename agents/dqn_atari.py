@@ -12,9 +12,10 @@ Differs from the paper in
   these steps owe are made up for, as many as for one environment;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - the reset row that the environments put between two episodes is masked out of the loss;
-- Adam on the squared error instead of RMSProp on an error clipped to 1;
+- Adam with a rate of 1e-4 on the squared error instead of RMSProp with 2.5e-4 on an error clipped to 1;
 - exploration ends after a tenth of the run, at an epsilon of 0.01, which the final score is played with, too; learning
-  starts after 80,000 steps, and the target network follows more often: all as in CleanRL;
+  starts after 80,000 steps, the target network follows every 1,000, and a run has 10 million: all as in CleanRL;
+- weights start orthogonal; after every lost life, not only in a new game, envpool plays up to 30 idle frames and FIRE;
 - returns, logged and evaluated, are those of whole games, unclipped, however rewards and lives train the agent.
 """
 
@@ -332,7 +333,7 @@ def act(policy, replay: FrameReplay, rollout: Rollout, t: int) -> None:
 
 def dqn_loss(agent: Agent, args: Args, obs, actions, rewards, terminations, next_obs, valid):
     """Half the mean squared error of Q(obs, actions) against one-step targets, over a minibatch, and numbers to log
-    (Mnih et al. 2015, equation 2).
+    (Mnih et al. 2015, algorithm 1).
 
     Every argument is [batch_size, ...]; `valid` is 1 in transitions that count and 0 in others.
     """

@@ -7,6 +7,7 @@
 
     python agents/ppo.py --env-id CartPole-v1 --seed 1
 
+The defaults are our own, for CartPole-v1: CleanRL has 4 environments, 128 steps and a learning rate of 2.5e-4.
 Differs from the paper in
 - clipped value loss and gradient, normalised advantages, orthogonal weights, Adam's epsilon 1e-5: the authors' code;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;

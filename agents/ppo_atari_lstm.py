@@ -15,7 +15,7 @@ remembers the others: `diff agents/ppo_atari.py agents/ppo_atari_lstm.py` is wha
   through all of them, back to the state that the rollout began with. That state is the one from acting.
 - Environments start anew after --resume, and so do their states.
 
-The other defaults are those of the authors' code. Differs from the paper in
+A single picture is CleanRL's: the authors' LSTM sees four. Other defaults are the authors'. Differs from the paper in
 - 4 epochs instead of 3, a quarter of the value loss, a clip range that stays constant: the authors' code;
 - clipped value loss and gradient, normalised advantages, orthogonal weights, Adam's epsilon 1e-5: the same;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;

@@ -11,8 +11,10 @@ Differs from the paper in
 - clipped value loss and gradient, normalised advantages, orthogonal weights, Adam's epsilon 1e-5: the authors' code;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - the reset row that the environments put between two episodes is masked out of every loss;
-- observations are normalised and rewards scaled by running statistics, which change between rollouts, never within;
-- several environments share the rollout of 2048 steps: more steps a second for the same score.
+- observations are normalised and rewards scaled by running statistics, as in the authors' code, but here these change
+  between rollouts, never within; the learning rate falls to zero, as there;
+- several environments share the rollout of 2048 steps, in minibatches of 128 instead of 64: more steps a second for the
+  same score.
 """
 
 import argparse

@@ -13,7 +13,7 @@ make its batches diverse. Differs from the authors' code (github.com/mttga/purej
 - the reset row that the environments put between two episodes is masked out of the loss, and no target reaches over it;
 - the optimizer is Adam instead of RAdam, which torch does not have as a fused kernel for GPUs;
 - weights start orthogonal, and the final score is played with the epsilon that training ends with;
-- rewards are not scaled, and the settings below are our own, found on CartPole-v1.
+- rewards are not scaled, and the settings below and the 128 units of a layer are our own, found on CartPole-v1.
 """
 
 import argparse

@@ -8,8 +8,8 @@
     python agents/pqn_atari.py --env-id Breakout-v5 --seed 1
 
 Q-learning without a replay buffer and without a target network: layer normalisation keeps it stable, many environments
-make its batches diverse. The defaults are the authors' Atari settings (their code: github.com/mttga/purejaxql). Differs
-from them in
+make its batches diverse. The defaults are the authors' Atari settings (their code: github.com/mttga/purejaxql), but for
+10 million steps instead of 50: exploration, a tenth of them, is shorter, too. Differs from them in
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - the reset row that the environments put between two episodes is masked out of the loss, and no target reaches over it;
 - the optimizer is Adam instead of RAdam, which torch does not have as a fused kernel for GPUs;

@@ -18,8 +18,9 @@ instead of four stacked ones, and an LSTM (Hochreiter and Schmidhuber 1997, Neur
 The defaults are CleanRL's (pqn_atari_envpool_lstm.py), but max_grad_norm is that of the authors' Atari settings.
 Differs from the authors' recurrent agent (pqn_rnn_craftax.py in github.com/mttga/purejaxql) in
 - targets are computed once a rollout, from the values seen when acting, not anew in every minibatch;
-- the LSTM sees the pictures alone, not the last action beside them;
-- each layer is normalised over its features, not over the batch;
+- the LSTM has 128 units, as in CleanRL, instead of 512, and sees the pictures alone, not the last action beside them;
+- pixels are divided by 255, not normalised over the batch; convolutions are normalised over the channels, as in the
+  authors' Atari agent;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - the reset row that the environments put between two episodes is masked out of the loss, and no target reaches over it;
 - the optimizer is Adam instead of RAdam, which torch does not have as a fused kernel for GPUs;

@@ -15,7 +15,8 @@ Differs from the paper in
 - all updates of a learning phase draw by the priorities from before it, and each environment acts by noise of its own;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - no transition begins at the reset row that the environments put between two episodes, and none reaches across it;
-- noise starts at 0.1 instead of 0.5, as in its authors' later code; the norm of the gradient is cut;
+- noise starts at 0.1 instead of 0.5, and the gradient's norm is cut to 10: both as in DeepMind's later DQN Zoo;
+- a run has 10 million steps instead of 50 million;
 - returns, logged and evaluated, are those of whole games, unclipped, however rewards and lives train the agent.
 """
 

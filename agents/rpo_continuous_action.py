@@ -7,13 +7,14 @@
 
     python agents/rpo_continuous_action.py --env-id HalfCheetah-v4 --seed 1
 
-PPO, whose updates move the mean of each action by uniform noise: the policy stays wide, and goes on exploring.
-Differs from the paper in
-- clipped value loss and gradient, normalised advantages, orthogonal weights, Adam's epsilon 1e-5: the authors' code;
+PPO, whose updates move the mean of each action by uniform noise: the policy stays wide, and goes on exploring. The
+authors built it on CleanRL's PPO, whose clipped value loss and gradient, normalised advantages, orthogonal weights and
+Adam's epsilon of 1e-5 it has. Differs from their agent (CleanRL's rpo_continuous_action.py) in
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - the reset row that the environments put between two episodes is masked out of every loss;
-- observations are normalised and rewards scaled by running statistics, which change between rollouts, never within;
-- several environments share the rollout of 2048 steps: more steps a second for the same score.
+- the statistics that normalise observations and scale rewards change between rollouts, never within;
+- 16 environments share the rollout of 2048 steps, in 16 minibatches of 128 steps instead of 32 of 64;
+- a run has 1 million steps instead of 8 million. On HalfCheetah, Hopper and some others they set rpo_alpha to 0.01.
 """
 
 import argparse

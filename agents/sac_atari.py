@@ -13,7 +13,7 @@ Differs from the paper in
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - the reset row that the environments put between two episodes is masked out of every loss;
 - as in CleanRL, the target of the entropy is 0.89 of the largest one instead of 0.98, the policy's loss a mean over
-  actions instead of a sum;
+  actions instead of a sum, Adam's epsilon 1e-4, and a run 5 million steps instead of 100,000;
 - returns, logged and evaluated, are those of whole games, unclipped, however rewards and lives train the agent.
 """
 
@@ -353,7 +353,8 @@ def discrete_sac_policy_loss(agent: Agent, args: Args, obs, valid):
     """The losses of the policy and of the temperature (equations 12 and 11), added up: each trains its own parameters.
 
     Every argument is [batch_size, ...]; `valid` is 1 in transitions that count and 0 in others. The policy's loss is a
-    mean over actions, as in CleanRL, and not a sum: with Adam's epsilon of 1e-4, that makes somewhat smaller steps.
+    mean over actions, as in CleanRL, and not a sum: with Adam's epsilon of 1e-4, that makes somewhat smaller steps. The
+    temperature's is a sum, as in the paper; CleanRL has a mean there, too.
     """
     weights = valid / valid.sum().clamp(min=1)  # x @ weights is the mean of x over what counts
     logprobs, alpha = agent.actor(obs).log_softmax(-1), agent.log_alpha.exp()

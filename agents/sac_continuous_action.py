@@ -11,7 +11,9 @@ Differs from the paper in
 - several environments share the replay buffer: their steps alternate with the updates that they owe, one for each;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - the reset row that the environments put between two episodes is masked out of every loss;
-- the critics learn faster than the policy, and the first actions are uniformly random.
+- as in CleanRL, critics and temperature learn at 1e-3 instead of 3e-4, the first 5,000 actions are random, and a tanh
+  keeps the logarithm of the standard deviation between -5 and 2, where the authors' code cuts it at -20 and 2;
+- the final score is of sampled actions, the paper's of mean ones: the summary has both.
 """
 
 import argparse
