@@ -101,11 +101,14 @@ class Args:
             if getattr(self, name) < self.iteration_steps:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: less than one iteration, "
                                  f"{self.num_steps} steps of {self.num_envs} environments")  # fmt: skip
-        if self.learning_starts >= self.total_timesteps:
-            raise ValueError(f"--learning-starts {self.learning_starts}: must come before the end of the run, "
-                             f"--total-timesteps {self.total_timesteps}")  # fmt: skip
-        if self.resume and (self.evaluate or self.run_dir):
-            raise ValueError("--resume goes on in its own folder: leave out --run-dir and --evaluate")
+        begins = (self.total_timesteps // self.iteration_steps - 1) * self.iteration_steps  # the last iteration
+        if begins < max(self.learning_starts, 1):
+            raise ValueError(f"--total-timesteps {self.total_timesteps}, --learning-starts {self.learning_starts}: "
+                             f"nothing would be learnt; the last iteration ({self.iteration_steps} steps) must begin "
+                             "after the first one, and not before learning starts")  # fmt: skip
+        folders = [folder for folder in (self.resume, self.evaluate, self.run_dir) if folder is not None]
+        if len(folders) > 1 or "" in folders:
+            raise ValueError("--resume, --evaluate, --run-dir: give one of them, with the name of a folder")
         devices = ["auto", "cpu", *(["cuda"] if gpus else []), *(f"cuda:{n}" for n in range(gpus))]
         if self.evaluate:  # takes what this machine has
             self.device = self.device if self.device in devices else "auto"
@@ -433,6 +436,7 @@ def check_memory(args: Args, needed: int, device: torch.device) -> None:
         free = torch.cuda.mem_get_info(device)[0]
     elif meminfo.exists():  # on Linux; elsewhere an allocation that fails has to do
         free = 1024 * int(dict(line.split(":") for line in meminfo.open())["MemAvailable"].split()[0])
+    needed *= 2 if args.checkpoint_buffer == "always" else 1  # a checkpoint takes as much again while it is written
     if needed > 0.9 * free:  # the rest is for all else
         raise UserError(f"--buffer-size {args.buffer_size}: takes {needed / 2**30:.1f} GiB, and {device} has "
                         f"{free / 2**30:.1f} GiB free")  # fmt: skip
@@ -475,6 +479,13 @@ def main(args: Args, stop=()) -> dict:
     torch.set_flush_denormal(True)  # fast: dead units leave Adam denormals, which a CPU is 13 times as slow with
     torch.manual_seed(args.seed)
 
+    start = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06}"
+    run_dir = Path(args.resume or args.run_dir or f"runs/{args.env_id}__{agent_name}__{args.seed}__{start}")
+    lock = FileLock(run_dir / ".lock", blocking=False)  # held until the run ends: no two share a folder
+    if args.resume:
+        with explained(f"--resume {run_dir}: in use"):
+            lock.acquire()  # before the checkpoint is read
+
     # ---- build, or put a checkpoint back ----
     saved = {"global_step": 0, "wall_seconds": 0.0, "returns": [], "learning_rate": 0.0}
     if source:
@@ -484,6 +495,10 @@ def main(args: Args, stop=()) -> dict:
     started -= saved["wall_seconds"]
     envs = make_envs(args, 1 if args.evaluate else args.num_envs, env_seed(args, "training", global_step))
     check_envs(args, envs)
+    if args.video:
+        with explained(f"--video: {args.env_id} cannot be drawn"):  # said before training, not after it
+            (film := make_envs(args, 1, env_seed(args, "film"), render_mode="rgb_array")).reset()
+            film.render()
     network = {"obs_shape": envs.single_observation_space.shape, "num_actions": int(envs.single_action_space.n)}
     agent, generator = Agent(**network).to(device), torch.Generator(device).manual_seed(args.seed)
     lr = torch.tensor(args.learning_rate, device=device)  # a tensor, so that graphs see it change
@@ -500,7 +515,6 @@ def main(args: Args, stop=()) -> dict:
     if args.evaluate:
         agent.epsilon.fill_(args.end_e)
         return summary | final_score(args, agent, device, Path(source), stop) | {"run_dir": source}
-
     rollout = Rollout(args, envs, device)
     refill = 0  # iterations that fill a buffer anew that no checkpoint has
     buffer_bytes = sum(x.nbytes for x in Replay(args, rollout, torch.device("meta")).buffers())
@@ -529,14 +543,12 @@ def main(args: Args, stop=()) -> dict:
         torch.save(state, content := io.BytesIO())
         write_file(run_dir / "checkpoint.pt", content.getbuffer())
 
-    start = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06}"
-    run_dir = Path(args.resume or args.run_dir or f"runs/{args.env_id}__{agent_name}__{args.seed}__{start}")
-    lock = FileLock(run_dir / ".lock", blocking=False)  # held until the run ends: no two share a folder
-    with explained(f"--{'resume' if args.resume else 'run-dir'} {run_dir}: in use, or not free"):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not args.resume and any(path.name != ".lock" for path in run_dir.iterdir()):
-            raise UserError("it is not empty; to go on with a run in it, use --resume")
-        lock.acquire()
+    if not args.resume:
+        with explained(f"--run-dir {run_dir}: in use, or not free"):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if any(path.name != ".lock" for path in run_dir.iterdir()):
+                raise UserError("it is not empty; to go on with a run in it, use --resume")
+            lock.acquire()
     if args.track:
         with explained("--track"):
             from wandb import init
@@ -591,7 +603,8 @@ def main(args: Args, stop=()) -> dict:
                 metrics = learn()  # fast: a GPU learns while the environments step
                 update_seconds = time.perf_counter() - update_clock  # on a GPU, of the launch alone
             obs, rewards, terminations, truncations, _ = envs.step(host_actions)
-            running += rewards, ~dones  # a reset row is no step of a game
+            rewards = rewards * ~dones  # a reset row is no step of a game, though some environments reward it
+            running += rewards, ~dones
             dones = terminations | truncations
             host_obs[:] = obs
             host_outcomes[:] = rewards, terminations, dones
@@ -605,6 +618,7 @@ def main(args: Args, stop=()) -> dict:
         if iteration < 3 - refill or (learning and learned <= 3):  # acts or learn are not replayed yet
             compile_seconds += time.perf_counter() - began
         if iteration < 0:  # steps that fill the replay buffer anew count for nothing
+            finished.clear()
             if stop:
                 break
             continue

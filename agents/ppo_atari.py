@@ -99,8 +99,9 @@ class Args:
         if self.batch_size % self.num_minibatches or self.batch_size > self.total_timesteps:
             raise ValueError(f"num_envs x num_steps = {self.batch_size}: must be a multiple of --num-minibatches "
                              f"{self.num_minibatches}, at most --total-timesteps {self.total_timesteps}")  # fmt: skip
-        if self.resume and (self.evaluate or self.run_dir):
-            raise ValueError("--resume goes on in its own folder: leave out --run-dir and --evaluate")
+        folders = [folder for folder in (self.resume, self.evaluate, self.run_dir) if folder is not None]
+        if len(folders) > 1 or "" in folders:
+            raise ValueError("--resume, --evaluate, --run-dir: give one of them, with the name of a folder")
         devices = ["auto", "cpu", *(["cuda"] if gpus else []), *(f"cuda:{n}" for n in range(gpus))]
         if self.evaluate:  # takes what this machine has
             self.device = self.device if self.device in devices else "auto"
@@ -479,6 +480,13 @@ def main(args: Args, stop=()) -> dict:
     torch.set_flush_denormal(True)  # fast: dead units leave Adam denormals, which a CPU is 13 times as slow with
     torch.manual_seed(args.seed)
 
+    start = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06}"
+    run_dir = Path(args.resume or args.run_dir or f"runs/{args.env_id}__{agent_name}__{args.seed}__{start}")
+    lock = FileLock(run_dir / ".lock", blocking=False)  # held until the run ends: no two share a folder
+    if args.resume:
+        with explained(f"--resume {run_dir}: in use"):
+            lock.acquire()  # before the checkpoint is read
+
     # ---- build, or put a checkpoint back ----
     saved = {"global_step": 0, "wall_seconds": 0.0, "returns": [], "learning_rate": 0.0}
     if source:
@@ -504,6 +512,7 @@ def main(args: Args, stop=()) -> dict:
     summary |= {"torch": torch.__version__, "num_envs": args.num_envs, "global_step": global_step}
     if args.evaluate:
         return summary | final_score(args, agent, device, Path(source), stop) | {"run_dir": source}
+    rollout = Rollout(args, envs, device)
 
     def learning_rate() -> float:
         return args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
@@ -515,14 +524,12 @@ def main(args: Args, stop=()) -> dict:
         torch.save(state, content := io.BytesIO())
         write_file(run_dir / "checkpoint.pt", content.getbuffer())
 
-    start = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06}"
-    run_dir = Path(args.resume or args.run_dir or f"runs/{args.env_id}__{agent_name}__{args.seed}__{start}")
-    lock = FileLock(run_dir / ".lock", blocking=False)  # held until the run ends: no two share a folder
-    with explained(f"--{'resume' if args.resume else 'run-dir'} {run_dir}: in use, or not free"):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not args.resume and any(path.name != ".lock" for path in run_dir.iterdir()):
-            raise UserError("it is not empty; to go on with a run in it, use --resume")
-        lock.acquire()
+    if not args.resume:
+        with explained(f"--run-dir {run_dir}: in use, or not free"):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if any(path.name != ".lock" for path in run_dir.iterdir()):
+                raise UserError("it is not empty; to go on with a run in it, use --resume")
+            lock.acquire()
     if args.track:
         with explained("--track"):
             from wandb import init
@@ -544,7 +551,7 @@ def main(args: Args, stop=()) -> dict:
         tqdm.write(note, file=sys.stderr)
 
     # ---- the loop ----
-    rollout, built = Rollout(args, envs, device), time.perf_counter()
+    built = time.perf_counter()
     acts, learn = accelerate(mode, agent, optimizer, rollout, args)
     host_obs, host_actions, host_outcomes = (x.numpy() for x in rollout.host)
     host_obs[:] = envs.reset()[0]

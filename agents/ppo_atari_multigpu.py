@@ -105,8 +105,9 @@ class Args:
         if self.batch_size % self.num_minibatches or self.batch_size > self.total_timesteps:
             raise ValueError(f"num_envs x num_steps = {self.batch_size}: must be a multiple of --num-minibatches "
                              f"{self.num_minibatches}, at most --total-timesteps {self.total_timesteps}")  # fmt: skip
-        if self.resume and (self.evaluate or self.run_dir):
-            raise ValueError("--resume goes on in its own folder: leave out --run-dir and --evaluate")
+        folders = [folder for folder in (self.resume, self.evaluate, self.run_dir) if folder is not None]
+        if len(folders) > 1 or "" in folders:
+            raise ValueError("--resume, --evaluate, --run-dir: give one of them, with the name of a folder")
         devices = ["auto", "cpu", *(["cuda"] if gpus else []), *(f"cuda:{n}" for n in range(gpus))]
         if self.evaluate:  # takes what this machine has
             self.device = self.device if self.device in devices else "auto"
@@ -523,14 +524,21 @@ def main(args: Args, stop=()) -> dict:
     torch.set_flush_denormal(True)  # fast: dead units leave Adam denormals, which a CPU is 13 times as slow with
     torch.manual_seed(args.seed)
 
+    start = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06}"
+    run_dir = Path(args.resume or args.run_dir or f"runs/{args.env_id}__{agent_name}__{args.seed}__{start}")
+    lock = FileLock(run_dir / ".lock", blocking=False)  # held until the run ends: no two share a folder
+    if args.resume and rank == 0:
+        with explained(f"--resume {run_dir}: in use"):
+            lock.acquire()  # before the checkpoint is read
+
     # ---- build, or put a checkpoint back ----
     saved = {"global_step": 0, "wall_seconds": 0.0, "returns": [], "learning_rate": 0.0}
     if source and rank == 0:
         with explained(f"--resume or --evaluate: {source}/checkpoint.pt is missing or damaged"):
             saved |= torch.load(Path(source, "checkpoint.pt"), map_location="cpu", weights_only=True)
-    if store:  # from rank 0 to all: other machines need not see the folder
-        dist.broadcast_object_list(shared := [source, saved])
-        source, saved = shared
+    if store:  # rank 0's flags hold for all; after a restart, other machines need not see its folder
+        dist.broadcast_object_list(shared := [args, source, saved])
+        args, source, saved = shared
     if args.num_envs % ranks or args.batch_size // ranks % args.num_minibatches:
         raise UserError(f"--num-envs {args.num_envs}: {ranks} ranks need equal shares, and the rollout of a share must "
                         f"be a multiple of --num-minibatches {args.num_minibatches}")  # fmt: skip
@@ -563,6 +571,7 @@ def main(args: Args, stop=()) -> dict:
     summary |= {"ranks": ranks}
     if args.evaluate:
         return {} if rank else summary | final_score(args, agent, device, Path(source), stop) | {"run_dir": source}
+    rollout = Rollout(own, envs, device)
 
     def learning_rate() -> float:
         return args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
@@ -576,13 +585,10 @@ def main(args: Args, stop=()) -> dict:
         torch.save(state, content := io.BytesIO())
         write_file(run_dir / "checkpoint.pt", content.getbuffer())
 
-    start = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06}"
-    run_dir = Path(args.resume or args.run_dir or f"runs/{args.env_id}__{agent_name}__{args.seed}__{start}")
-    lock = FileLock(run_dir / ".lock", blocking=False)  # held until the run ends: no two share a folder
-    if rank == 0:
-        with explained(f"--{'resume' if args.resume else 'run-dir'} {run_dir}: in use, or not free"):
+    if rank == 0 and not args.resume:
+        with explained(f"--run-dir {run_dir}: in use, or not free"):
             run_dir.mkdir(parents=True, exist_ok=True)
-            if not args.resume and any(path.name != ".lock" for path in run_dir.iterdir()):
+            if any(path.name != ".lock" for path in run_dir.iterdir()):
                 raise UserError("it is not empty; to go on with a run in it, use --resume")
             lock.acquire()
     if args.track and rank == 0:
@@ -610,7 +616,7 @@ def main(args: Args, stop=()) -> dict:
         memory.set("run_dir", str(run_dir))
 
     # ---- the loop ----
-    rollout, built = Rollout(own, envs, device), time.perf_counter()
+    built = time.perf_counter()
     acts, learn = accelerate(mode, agent, optimizer, rollout, own)
     host_obs, host_actions, host_outcomes = (x.numpy() for x in rollout.host)
     host_obs[:] = envs.reset()[0]

@@ -82,7 +82,10 @@ def test_atari_true_games_run_over_lives_and_are_not_clipped():
 
 
 class Script:
-    """Two environments with known numbers: episodes of 3 steps that end and of 5 that are cut off, 1 a step."""
+    """Two environments with known numbers: episodes of 3 steps that end and of 5 that are cut off, 1 a step.
+
+    A reset row has a reward of 9, as some environments have one there: it is no step of a game.
+    """
 
     num_envs, lengths = 2, np.array([3, 5])
     single_observation_space = gymnasium.spaces.Box(-9, 9, (2,), np.float32)
@@ -100,7 +103,7 @@ class Script:
         return self.observe(), {}
 
     def step(self, actions):
-        rewards = (~self.ended).astype(np.float32)
+        rewards = np.where(self.ended, 9, 1).astype(np.float32)
         self.elapsed = np.where(self.ended, 0, self.elapsed + 1)
         self.ended = self.elapsed == self.lengths
         return self.observe(), rewards, self.ended & [True, False], self.ended & [False, True], {}

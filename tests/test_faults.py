@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import envpool
+import filelock
 import pytest
 import torch
 from conftest import (
@@ -119,6 +120,34 @@ def test_refuses_in_a_process_of_its_own(agent, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate", "--run-dir"])
+@each_kind
+def test_refuses_an_empty_name(agent, flag, cli, tmp_path):
+    """As of a shell variable that is not set: nobody meant to train anew by it."""
+    check_failure(cli(agent, flag, ""), flag)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("agent", [agent for agent in NAMES if "learning_starts" in settings(agent)])
+def test_refuses_a_run_that_would_learn_nothing(agent, cli, tmp_path):
+    """An iteration learns if it begins where learning starts, or later, and after a first one."""
+    module = agent_named(agent)
+    size = module.parse_args(tiny(agent)).iteration_steps
+    for total, starts, learns in ((2, 0, True), (1, 0, False), (4, 3 * size, True), (4, 3 * size + 1, False)):
+        argv = [*tiny(agent), "--learning-starts", str(starts), "--total-timesteps", str(total * size)]
+        if learns:
+            module.parse_args(argv)
+        else:
+            check_failure(cli(agent, *argv), "--learning-starts", "--total-timesteps")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("agent", [x for x in NAMES if "atari" not in x and "continuous" not in x])
+def test_what_cannot_be_drawn_is_refused_before_training(agent, cli, tmp_path):
+    check_failure(cli(agent, *tiny(agent, env_id="Blackjack-v1"), "--video"), "--video", "Blackjack-v1")
+    assert not list(tmp_path.iterdir())
+
+
 @each_kind
 def test_refuses_a_run_dir_in_use(agent, cli, tmp_path):
     """--run-dir never mixes a run into other files, nor replaces one."""
@@ -198,6 +227,24 @@ def test_resuming_stays_in_its_folder(agent, runs, cli, tmp_path):
     runs(agent).copy(tmp_path / "run")
     check_failure(cli(agent, "--resume", "run", "--run-dir", "other"), "--run-dir", "--resume")
     check_failure(cli(agent, "--resume", "run", "--evaluate", "run"), "--evaluate")
+    check_failure(cli(agent, "--evaluate", "run", "--run-dir", "other"), "--run-dir", "--evaluate")
+
+
+@each_kind
+def test_a_checkpoint_is_read_once_nobody_else_can_replace_it(agent, runs, tmp_path, monkeypatch):
+    """The run that a resumption waits for would be lost, did it end between reading and locking."""
+    module, load, locked = agent_named(agent), torch.load, []
+    run_dir = runs(agent).copy(tmp_path / "run")
+
+    def load_locked(*inputs, **options):
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(run_dir / ".lock", blocking=False).acquire()
+        locked.append(True)
+        return load(*inputs, **options)
+
+    monkeypatch.setattr(torch, "load", load_locked)
+    module.main(module.parse_args(["--resume", str(run_dir)]))
+    assert locked
 
 
 @pytest.mark.parametrize("mode", ["compile", "cudagraphs", "compile-cudagraphs"])
@@ -266,6 +313,16 @@ def test_refuses_the_run_of_another(agent, flag, runs, cli, tmp_path):
     foreign_env = cli(agent, flag, run_dir, "--env-id", env_id)
     assert contents(tmp_path) == before
     check_failure(foreign_env, f"{run_dir}/checkpoint.pt", "environment")
+
+
+@both
+@pytest.mark.parametrize("agent", [agent for agent in NAMES if continuous(agent)])
+def test_refuses_an_environment_whose_actions_have_other_bounds(agent, flag, cli, tmp_path):
+    """Pendulum's go from -2 to 2, those of the other pendulum from -1 to 1; all else has the same shapes."""
+    final_json(cli(agent, *tiny(agent, env_id="Pendulum-v1", run_dir="run", eval_episodes=0)))
+    before = contents(tmp_path)
+    check_failure(cli(agent, flag, "run", "--env-id", "PendulumSwingup-v1"), "run/checkpoint.pt", "bounds")
+    assert contents(tmp_path) == before
 
 
 @each_kind

@@ -537,6 +537,20 @@ def test_the_policy_loss_of_discrete_sac_is_the_papers_over_the_number_of_action
     assert parts[1].grad is None and parts[2].grad is None, "the critics are not trained"
 
 
+@pytest.mark.parametrize("module", agents_with("sac_critic_loss"))
+def test_reset_rows_alone_teach_sac_nothing(module):
+    data, noise = [*map(torch.tensor, transitions(8, 1, discrete=False))], torch.randn(8, 2).double()
+    data[-1][:] = 0
+    (weights, critics), (_, target_critics) = linear_critics(4), linear_critics(5)
+    log_alpha, scale = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (-0.7, 0.3))
+    agent = SimpleNamespace(critics=critics, target_critics=target_critics, log_alpha=log_alpha)
+    agent.actor = lambda obs, noise: (obs[:, :2] * scale + noise, noise.sum(-1) * scale)
+    loss = module.sac_critic_loss(agent, SimpleNamespace(gamma=0.9), *data, noise)[0]
+    loss = loss + module.sac_policy_loss(agent, data[0], data[-1], noise)[0]
+    loss.backward()
+    assert loss == 0 and all((x.grad == 0).all() for x in (weights, log_alpha, scale))
+
+
 @pytest.mark.parametrize("module", agents_with("discrete_sac_policy_loss"))
 def test_reset_rows_alone_teach_discrete_sac_nothing(module):
     data, (agent, parts) = [*map(torch.tensor, transitions(8, 1, discrete=True))], linear_sac(2)

@@ -414,6 +414,31 @@ def test_a_signal_to_one_rank_stops_all_in_order(start, cli, tmp_path):
     assert updates_of(run_dir) == {resumed["global_step"] // 16}, "the optimizer goes on as well"
 
 
+def play_by_rank(argv: list) -> None:
+    """Train with another learning rate on every rank, and leave the weights."""
+    module, rank, agents = agent_named(NAME), int(os.environ["RANK"]), []
+
+    class Watched(module.Agent):
+        def __init__(self, *inputs, **options):
+            super().__init__(*inputs, **options)
+            agents.append(self)
+
+    module.Agent = Watched
+    module.main(module.parse_args([*map(str, argv), "--learning-rate", str(0.01 * (1 + rank))]))
+    torch.save(agents[0].state_dict(), f"weights{rank}.pt")
+
+
+@slow
+def test_the_flags_of_the_first_rank_hold_for_all(start, tmp_path):
+    """Ranks that train by settings of their own would drift apart without a word."""
+    for rank in start(play_by_rank, [*tiny(NAME, run_dir="run", eval_episodes=0), *QUICK, "--total-timesteps", 64]):
+        result = rank.finish()
+        assert result.returncode == 0, result.stderr
+    weights = [torch.load(tmp_path / f"weights{rank}.pt") for rank in (0, 1)]
+    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
+    assert json.loads((tmp_path / "run/config.json").read_text())["args"]["learning_rate"] == 0.01
+
+
 @slow
 def test_two_ranks_go_on_with_a_run_of_one(start, cli, tmp_path):
     """And only rank 0 reads its checkpoint."""

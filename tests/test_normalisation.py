@@ -107,6 +107,18 @@ def test_the_learning_phase_takes_in_each_row_that_counts_once(module):
 
 
 @normalising
+@pytest.mark.parametrize("what", ["obs", "rewards"])
+def test_what_is_not_finite_any_more_is_seen_in_the_same_iteration(module, what):
+    """Normalised and clipped, an infinite number does not show in the loss, but it stays in the statistics."""
+    it = build(module)
+    learn_from(it, 0)
+    (it.rollout.obs if what == "obs" else it.rollout.host_outcomes[0])[2, 1] = torch.inf
+    metrics = it.learn()
+    assert not metrics["obs_var" if what == "obs" else "return_var"].isfinite()
+    assert metrics["return_var" if what == "obs" else "obs_var"].isfinite()
+
+
+@normalising
 def test_a_rollout_is_learnt_from_with_the_statistics_it_was_acted_with(module):
     """So the first minibatch finds every ratio at one: its KL divergence is zero, whatever the statistics."""
     it = build(module)

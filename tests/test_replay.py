@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import agents_with, continuous, read_checkpoint, tiny_args
+from test_envs import Script
 
 REPLAYS = agents_with("Replay") + agents_with("FrameReplay")
 each_replay = pytest.mark.parametrize("module", REPLAYS)  # that draws transitions of one step, each alike
@@ -404,8 +405,10 @@ def test_a_buffer_that_does_not_fit_is_refused(module, tmp_path, monkeypatch):
     monkeypatch.setattr(module.Path, "open", lambda *_, **__: io.StringIO(text))
     monkeypatch.setattr(module.Path, "exists", lambda path: True)
     module.check_memory(module.Args(), 92_000_000, CPU)
-    with pytest.raises(module.UserError):
-        module.check_memory(module.Args(), 93_000_000, CPU)
+    module.check_memory(module.Args(checkpoint_buffer="always"), 46_000_000, CPU)
+    for keep, size in (("auto", 93_000_000), ("always", 47_000_000)):
+        with pytest.raises(module.UserError):
+            module.check_memory(module.Args(checkpoint_buffer=keep), size, CPU)
 
 
 KEEPING = [(*case.values, keep) for case in LEARNERS for keep in ("auto", "never")]
@@ -448,10 +451,22 @@ def test_resumption_keeps_the_buffer_or_fills_it_anew(module, keep, tmp_path, mo
     assert learnt and read_checkpoint(tmp_path / "run")["global_step"] == 80
 
 
+@pytest.mark.parametrize("module", agents_with("QNetwork", "Replay"))
+def test_games_played_to_fill_the_buffer_count_for_nothing(module, tmp_path, monkeypatch):
+    """Of two environments a game ends every fourth and every sixth row: at most three and two in eight rows."""
+    monkeypatch.setattr(module, "make_envs", Script)
+    changes = {"num_envs": 2, "learning_starts": 60, "train_frequency": 4, "eval_episodes": 0}
+    module.main(tiny_args(module, tmp_path, checkpoint_buffer="never", total_timesteps=64, **changes))
+    before = read_checkpoint(tmp_path / "run")["returns"]
+    module.main(module.parse_args(["--resume", str(tmp_path / "run"), "--total-timesteps", "80"]))
+    added = len(read_checkpoint(tmp_path / "run")["returns"]) - len(before)
+    assert len(before) == 8 + 5 and 2 <= added <= 5
+
+
 @each_learner
 def test_a_buffer_of_another_size_is_refused(module, tmp_path):
     args = tiny_args(module, tmp_path, num_envs=2, learning_starts=1, eval_episodes=0)
-    args.total_timesteps = args.iteration_steps
+    args.total_timesteps = 2 * args.iteration_steps
     module.main(args)
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     argv = ["--resume", str(tmp_path / "run"), "--total-timesteps", "160", "--buffer-size", "500"]
