@@ -451,7 +451,7 @@ def test_resumption_keeps_the_buffer_or_fills_it_anew(module, keep, tmp_path, mo
     assert learnt and read_checkpoint(tmp_path / "run")["global_step"] == 80
 
 
-@pytest.mark.parametrize("module", agents_with("QNetwork", "Replay"))
+@pytest.mark.parametrize("module", agents_with("update_target", "Replay"))
 def test_games_played_to_fill_the_buffer_count_for_nothing(module, tmp_path, monkeypatch):
     """Of two environments a game ends every fourth and every sixth row: at most three and two in eight rows."""
     monkeypatch.setattr(module, "make_envs", Script)
