@@ -50,6 +50,7 @@ WARM_UP = 3  # iterations that come before those that an agent's SPS counts
 STARTS = 1000  # steps, at most, before the first update of an agent with a replay buffer: they say nothing of its speed
 SHORT = {"num_iterations_obs_norm_init": 1}  # settings, of agents that have them, of what comes before training
 TINY = {"num_steps": 16, "torch_threads": 1, "env_threads": 1}  # settings in a rehearsal, of agents that have them
+LIMIT = 240  # seconds, beside ten times those that count: a run that takes longer hangs
 FIRST = ("ppo_atari", "pqn_atari", "ppo_continuous_action", "sac_continuous_action")  # of both suites
 FIGURES = ("agent_command", "env_id", "frame_skip", "device", "num_envs", "sps", "sps_rollout", "sps_update",
            "compile_seconds", "wall_seconds", "global_step", "host_memory_mib", "device_memory_mib", "cuda", "trace",
@@ -124,9 +125,7 @@ def env_only() -> None:
         envs.step(actions[steps % len(actions)])
         steps += 1
 
-    gpu = "torch" in sys.modules and sys.modules["torch"].cuda.is_available()
     figures = {"env_id": args.env_id, "frame_skip": getattr(args, "frame_skip", 1), "num_envs": args.num_envs}
-    figures["device"] = args.device if args.device != "auto" else "cuda" if gpu else "cpu"
     figures |= {"sps": steps * args.num_envs / elapsed, "learning_starts": getattr(args, "learning_starts", 0)}
     print(json.dumps(figures | {"iteration_steps": args.num_envs * getattr(args, "num_steps", 1)} | memory()))
 
@@ -289,7 +288,7 @@ def measure(
         raise RuntimeError("its environments do not run alone")
     size, start = known["iteration_steps"], min(known["learning_starts"], STARTS)
     first = math.ceil(start / size) + (0 if args.rehearse else WARM_UP)  # iterations before those that count
-    part = 50 if known["learning_starts"] and known.get("device") == "cpu" else 4  # a CPU takes long for its updates
+    part = 50 if known["learning_starts"] else 4  # agents that learn from replay take long for their updates
     counted = max(2, math.ceil(args.seconds * (sps or known["sps"] / part) / size))  # before the first run a guess
     flags += ["--learning-starts", str(start)] if start else []
     flags += ["--mode", "eager" if args.rehearse else mode, "--total-timesteps", str(size * (first + counted))]
@@ -414,16 +413,20 @@ def take_turns(args: Args, plan: list, common: dict, done: dict):
             record = common | {"date": now(), "agent": agent.stem, "code": code, "mode": mode, "repeat": repeat}
             if not agent.is_relative_to(ROOT / "agents"):
                 record["dirty"] = True  # this file is in no commit
-            record |= {key: known[key] for key in ("env_id", "frame_skip", "num_envs", "device") if key in known}
-            old, left = done.get(tuple(map(record.get, RUN))), deadline - started
+            record |= {key: known[key] for key in ("env_id", "frame_skip", "num_envs") if key in known}
+            old, left = done.get(tuple(map(record.get, RUN))), max(0, deadline - started)
+            limit = min(left, LIMIT + 10 * args.seconds)
             try:
                 if old and "failed" in old:
                     raise RuntimeError(old["failed"])
                 cache = (args.cache or Path(scratch)) / f"{agent.stem}_{code}"
-                figures = old or measure(args, *config, known, speeds.get(config), cache, timeout=max(0, left))
+                figures = old or measure(args, *config, known, speeds.get(config), cache, timeout=limit)
             except subprocess.TimeoutExpired:
-                tqdm.write("the time is up; the rest is left out", file=sys.stderr)
-                return
+                if limit == left:
+                    tqdm.write("the time is up; the rest is left out", file=sys.stderr)
+                    return
+                failed.add(config)
+                record["failed"], figures = f"no end within {limit:.0f} s", {}
             except RuntimeError as error:
                 failed.add(config)
                 record["failed"], figures = str(error), {}
@@ -461,8 +464,7 @@ def main(args: Args) -> int:
     else:
         append(args.results)  # find out now whether it can be written
     if args.resume:
-        kind = {"device": device.partition(":")[0]}
-        records = [r for r in read_speeds(args.results) if all((r | kind).get(n) == common.get(n) for n in MACHINE)]
+        records = [record for record in read_speeds(args.results) if session(record) == session(common)]
         common["started"] = max((r["started"] for r in records), default=common["started"])  # the same session goes on
     done, measured = {tuple(map(record.get, RUN)): record for record in records}, 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -487,6 +489,11 @@ def main(args: Args) -> int:
     if not args.profile:
         print(f"\nadded to {args.results}: {measured} runs")
     return 130 if interrupted else int(any("failed" in record for record in records))
+
+
+def session(record: dict) -> list:
+    """What the runs of one session have in common: the fields of MACHINE, with a device of cuda:0 as cuda."""
+    return [record[name].partition(":")[0] if name == "device" else record.get(name) for name in MACHINE]
 
 
 def now() -> str:

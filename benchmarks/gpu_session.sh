@@ -6,13 +6,13 @@
 #   bash benchmarks/gpu_session.sh --rehearse OUT         # all steps on a CPU, in tiny runs
 #
 # Steps, with their limits in seconds:
-#   envs    60    env-only speed of Breakout, 8 and 64 environments
+#   envs    90    env-only speed of Breakout, 8 and 64 environments
 #   eager   300   ppo_atari on Breakout, 8 environments: compile-cudagraphs against eager
 #   suite   540   fps.py --suite gpu; called again with the same OUT, it goes on where it ended
 #   pong    570   ppo_atari on Pong, 64 environments: seconds until the training return is 18
 #   sac     240   profile of one iteration of SAC
 #   combo   150   as "eager", with Inductor's combo_kernels: a copy of ppo_atari that asks for them
-#   tests   570   pytest -m gpu; PYTEST_FLAGS="-k ppo_atari" takes some of them
+#   tests   570   pytest -m gpu: more than fit in; PYTEST_FLAGS="-k ppo_atari" takes some of them
 #
 # OUT gets session.txt (all that was printed), steps.txt (a line a step: name, ok or failed, seconds), results.jsonl
 # (speeds, for benchmarks/results.jsonl), learning/ppo_atari.jsonl (Pong, for benchmarks/learning/) and the profile. Run
@@ -56,7 +56,7 @@ step() { # NAME LIMIT COMMAND...: run it, if it was asked for, with all that it 
     echo "$name $status $((SECONDS - start)) s" | tee -a "$out/steps.txt"
 }
 
-step envs 60 "${fps[@]}" "${breakout[@]}" "${tiny[@]}" --modes env-only --num-envs 8 64
+step envs 90 "${fps[@]}" "${breakout[@]}" "${tiny[@]}" --modes env-only --num-envs 8 64
 step eager 300 "${fps[@]}" "${breakout[@]}" "${tiny[@]}" --modes compile-cudagraphs eager --num-envs 8
 step suite 540 "${fps[@]}" "${suite[@]}" "${tiny[@]}" --suite gpu
 step pong 510 "$python" agents/ppo_atari.py --env-id Pong-v5 --run-dir "$run" "${race[@]}"
@@ -71,7 +71,7 @@ if [[ $wanted == *" combo "* ]]; then
     mkdir -p runs/gpu_session
     sed 's/^\( *\)torch._dynamo.config.trace_autograd_ops = .*/&\n\1torch._inductor.config.combo_kernels = True/' \
         agents/ppo_atari.py > runs/gpu_session/ppo_atari_combo.py
-    step combo 150 "${fps[@]}" --agents runs/gpu_session/ppo_atari_combo.py --agent-flags="--env-id Breakout-v5" \
+    step combo 150 "${fps[@]/results.jsonl/combo.jsonl}" --agents runs/gpu_session/ppo_atari_combo.py --agent-flags="--env-id Breakout-v5" \
         "${tiny[@]}" --modes compile-cudagraphs --num-envs 8
 fi
 # shellcheck disable=SC2086

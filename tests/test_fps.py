@@ -52,8 +52,9 @@ if __name__ == "__main__":
             for _ in range(iteration):
                 torch.mm(torch.ones(2, 2), torch.ones(2, 2))
             bar.update(10 * args.num_envs)
-    summary = {"env_id": args.env_id, "num_envs": args.num_envs, "device": "cpu", "sps": 1000.0, "sps_rollout": 2000.0,
-               "sps_update": 2000.0, "compile_seconds": 0.5, "wall_seconds": 1.0, "global_step": args.total_timesteps}
+    summary = {"env_id": args.env_id, "num_envs": args.num_envs, "device": os.environ.get("FAKE_DEVICE", "cpu")}
+    summary |= {"sps": 1000.0, "sps_rollout": 2000.0, "sps_update": 2000.0, "compile_seconds": 0.5}
+    summary |= {"wall_seconds": 1.0, "global_step": args.total_timesteps}
     print(json.dumps(summary))
     sys.exit(0)
 """
@@ -169,12 +170,12 @@ def test_suites(monkeypatch):
     assert modes == ["env-only", "eager", "compile"]
 
 
-@pytest.mark.parametrize("device, starts, steps", [("cpu", 1000, 1184), ("cuda", 1000, 3024), ("cpu", 0, 2024)])
-def test_the_first_run_is_as_long_as_a_guess_says(device, starts, steps, tmp_path, monkeypatch):
-    """Two seconds at a fiftieth of the environments' speed where a CPU learns from replay, else at a quarter."""
+@pytest.mark.parametrize("starts, steps", [(1000, 1184), (0, 2024)])
+def test_the_first_run_is_as_long_as_a_guess_says(starts, steps, tmp_path, monkeypatch):
+    """Two seconds at a fiftieth of the environments' speed where an agent learns from replay, else at a quarter."""
     taken = []
     monkeypatch.setattr(fps, "run", lambda *words, **_: taken.extend(words) or {"sps": 1})
-    known = {"sps": 4000.0, "iteration_steps": 8, "learning_starts": starts, "device": device, "num_envs": 8}
+    known = {"sps": 4000.0, "iteration_steps": 8, "learning_starts": starts, "num_envs": 8}
     fps.measure(fps.Args(seconds=2), fps.ROOT / "agents/sac_continuous_action.py", "eager", 8, known, None, tmp_path, 9)
     assert taken[taken.index("--total-timesteps") + 1] == str(steps)
 
@@ -184,6 +185,7 @@ def gpu_suite(agent, results, tmp_path, monkeypatch):
     """gpu_suite(**changes) measures the fake agent as the gpu suite does, and returns the lines that this adds."""
     monkeypatch.setattr(fps, "describe_gpu", lambda: {"gpu": "G1", "gpu_count": 1, "gpu_power_limit_watts": 1.0})
     monkeypatch.setenv("REDLINE_COMMIT", "abc")
+    monkeypatch.setenv("FAKE_DEVICE", "cuda:0")
 
     def measure(**changes):
         before = len(read_lines(results)) if results.exists() else 0
@@ -219,6 +221,24 @@ def test_gpu_suite_goes_on_where_it_ended(agent, results, gpu_suite, monkeypatch
 def test_what_failed_in_the_gpu_suite_is_not_tried_again(gpu_suite):
     (env_only, failed) = gpu_suite(modes=("compile",), num_envs=(8,))
     assert failed[0] == "compile" and gpu_suite(modes=("compile",), num_envs=(8,)) == []
+
+
+def test_a_run_that_hangs_is_a_failure_and_the_others_go_on(agent, results, monkeypatch, capsys):
+    monkeypatch.setattr(fps, "LIMIT", 3)
+    modes = ("cudagraphs", "eager")  # the first of them sleeps for a minute
+    args = fps.Args(agents=(str(agent),), modes=modes, num_envs=(8,), repeats=1, seconds=0.1, results=results)
+    assert fps.main(args) == 1
+    _, hung, eager = read_lines(results)
+    assert hung["failed"] == "no end within 4 s" and "sps" not in hung and eager["sps"] == 1000
+
+
+def test_speeds_of_a_cpu_are_none_of_a_gpu(results, gpu_suite, monkeypatch):
+    """A session goes on with its own runs alone."""
+    chosen = {"modes": ("eager",), "num_envs": (8,)}
+    monkeypatch.setenv("FAKE_DEVICE", "cpu")
+    assert len(gpu_suite(**chosen, device="cpu")) == 2
+    monkeypatch.setenv("FAKE_DEVICE", "cuda:0")
+    assert len(gpu_suite(**chosen)) == 2 and gpu_suite(**chosen) == gpu_suite(**chosen, device="cuda:0") == []
 
 
 def test_rehearsal_takes_the_order_of_the_suite(agent, results, capsys):
