@@ -9,7 +9,7 @@
 
 The defaults are those of the authors' code. Differs from the paper in
 - 4 epochs instead of 3, a quarter of the value loss, a clip range that stays constant: the authors' code;
-- clipped value loss and gradient, normalised advantages, orthogonal weights, Adam's epsilon 1e-5: the same;
+- clipped value loss and gradient, normalised advantages, orthogonal weights, Adam's epsilon 1e-5: also theirs;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - the reset row that the environments put between two episodes is masked out of every loss;
 - returns, logged and evaluated, are those of whole games, unclipped, however rewards and lives train the agent.
@@ -195,7 +195,7 @@ class Agent(nn.Module):
 
     def forward(self, obs):
         """Logits [batch, num_actions] and values [batch] for obs [batch, 4, 84, 84] uint8."""
-        pixels = obs.to(memory_format=torch.channels_last).to(self.dtype).div_(255)  # fast: in place, on a CPU 4-fold
+        pixels = obs.to(memory_format=torch.channels_last).to(self.dtype).div_(255)  # fast: in place, 4 x on a CPU
         with torch.autocast(obs.device.type, torch.bfloat16, self.dtype is torch.bfloat16, cache_enabled=False):
             hidden = self.network(pixels).float()  # heads and losses are always float32
         return self.actor(hidden), self.critic(hidden).squeeze(-1)
@@ -482,9 +482,10 @@ def main(args: Args, stop=()) -> dict:
 
     start = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{args.env_id}__{agent_name}__{args.seed}__{start}")
-    lock = FileLock(run_dir / ".lock", blocking=False)  # held until the run ends: no two share a folder
-    if args.resume:
-        with explained(f"--resume {run_dir}: in use"):
+    # held until the run ends: no two processes share a folder, but this one can begin again after a failure
+    lock = FileLock(run_dir.absolute() / ".lock", blocking=False, is_singleton=True)
+    if args.resume and Path(run_dir, "checkpoint.pt").exists():
+        with explained(f"--resume {run_dir}: in use, or not free"):
             lock.acquire()  # before the checkpoint is read
 
     # ---- build, or put a checkpoint back ----
@@ -625,7 +626,7 @@ def main(args: Args, stop=()) -> dict:
     write_file(run_dir / "summary.json", json.dumps(summary, indent=2).encode())
     if args.track:
         run.finish()
-    lock.release()
+    lock.release(force=True)
     return summary
 
 

@@ -11,7 +11,7 @@ Every process (rank) of torchrun plays its share of the environments on a GPU of
 trains as one process would on the joined batch. With --max-restarts, ranks that failed go on from the last checkpoint.
 The defaults are those of the authors' code. Differs from the paper in
 - 4 epochs instead of 3, a quarter of the value loss, a clip range that stays constant: the authors' code;
-- clipped value loss and gradient, normalised advantages, orthogonal weights, Adam's epsilon 1e-5: the same;
+- clipped value loss and gradient, normalised advantages, orthogonal weights, Adam's epsilon 1e-5: also theirs;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - the reset row that the environments put between two episodes is masked out of every loss;
 - returns, logged and evaluated, are those of whole games, unclipped, however rewards and lives train the agent.
@@ -201,7 +201,7 @@ class Agent(nn.Module):
 
     def forward(self, obs):
         """Logits [batch, num_actions] and values [batch] for obs [batch, 4, 84, 84] uint8."""
-        pixels = obs.to(memory_format=torch.channels_last).to(self.dtype).div_(255)  # fast: in place, on a CPU 4-fold
+        pixels = obs.to(memory_format=torch.channels_last).to(self.dtype).div_(255)  # fast: in place, 4 x on a CPU
         with torch.autocast(obs.device.type, torch.bfloat16, self.dtype is torch.bfloat16, cache_enabled=False):
             hidden = self.network(pixels).float()  # heads and losses are always float32
         return self.actor(hidden), self.critic(hidden).squeeze(-1)
@@ -526,9 +526,10 @@ def main(args: Args, stop=()) -> dict:
 
     start = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{args.env_id}__{agent_name}__{args.seed}__{start}")
-    lock = FileLock(run_dir / ".lock", blocking=False)  # held until the run ends: no two share a folder
-    if args.resume and rank == 0:
-        with explained(f"--resume {run_dir}: in use"):
+    # held until the run ends: no two processes share a folder, but this one can begin again after a failure
+    lock = FileLock(run_dir.absolute() / ".lock", blocking=False, is_singleton=True)
+    if args.resume and rank == 0 and Path(run_dir, "checkpoint.pt").exists():
+        with explained(f"--resume {run_dir}: in use, or not free"):
             lock.acquire()  # before the checkpoint is read
 
     # ---- build, or put a checkpoint back ----
@@ -536,7 +537,7 @@ def main(args: Args, stop=()) -> dict:
     if source and rank == 0:
         with explained(f"--resume or --evaluate: {source}/checkpoint.pt is missing or damaged"):
             saved |= torch.load(Path(source, "checkpoint.pt"), map_location="cpu", weights_only=True)
-    if store:  # rank 0's flags hold for all; after a restart, other machines need not see its folder
+    if store:  # rank 0's settings hold for all, but for the section Speed, device and mode; so does the run it resumes
         dist.broadcast_object_list(shared := [args, source, saved])
         args, source, saved = shared
     if args.num_envs % ranks or args.batch_size // ranks % args.num_minibatches:
@@ -707,7 +708,7 @@ def main(args: Args, stop=()) -> dict:
     write_file(run_dir / "summary.json", json.dumps(summary, indent=2).encode())
     if args.track:
         run.finish()
-    lock.release()
+    lock.release(force=True)
     return summary
 
 

@@ -566,9 +566,10 @@ def main(args: Args, stop=()) -> dict:
 
     start = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{args.env_id}__{agent_name}__{args.seed}__{start}")
-    lock = FileLock(run_dir / ".lock", blocking=False)  # held until the run ends: no two share a folder
-    if args.resume:
-        with explained(f"--resume {run_dir}: in use"):
+    # held until the run ends: no two processes share a folder, but this one can begin again after a failure
+    lock = FileLock(run_dir.absolute() / ".lock", blocking=False, is_singleton=True)
+    if args.resume and Path(run_dir, "checkpoint.pt").exists():
+        with explained(f"--resume {run_dir}: in use, or not free"):
             lock.acquire()  # before the checkpoint is read
 
     # ---- build, or put a checkpoint back ----
@@ -713,7 +714,7 @@ def main(args: Args, stop=()) -> dict:
     write_file(run_dir / "summary.json", json.dumps(summary, indent=2).encode())
     if args.track:
         run.finish()
-    lock.release()
+    lock.release(force=True)
     return summary
 
 

@@ -208,7 +208,7 @@ class PixelNetwork(nn.Module):
 
     def forward(self, obs):
         """Logits or Q-values [batch, num_actions] for obs [batch, 4, 84, 84] uint8."""
-        pixels = obs.to(memory_format=torch.channels_last).to(self.dtype).div_(255)  # fast: in place, on a CPU 4-fold
+        pixels = obs.to(memory_format=torch.channels_last).to(self.dtype).div_(255)  # fast: in place, 4 x on a CPU
         with torch.autocast(obs.device.type, torch.bfloat16, self.dtype is torch.bfloat16, cache_enabled=False):
             hidden = self.network(pixels).float()  # head and loss are always float32
         return self.head(hidden)
@@ -519,7 +519,6 @@ def check_memory(args: Args, needed: int, device: torch.device) -> None:
         free = torch.cuda.mem_get_info(device)[0]
     elif meminfo.exists():  # on Linux; elsewhere an allocation that fails has to do
         free = 1024 * int(dict(line.split(":") for line in meminfo.open())["MemAvailable"].split()[0])
-    needed *= 2 if args.checkpoint_buffer == "always" else 1  # a checkpoint takes as much again while it is written
     if needed > 0.9 * free:  # the rest is for all else
         raise UserError(f"--buffer-size {args.buffer_size}: takes {needed / 2**30:.1f} GiB, and {device} has "
                         f"{free / 2**30:.1f} GiB free")  # fmt: skip
@@ -568,9 +567,10 @@ def main(args: Args, stop=()) -> dict:
 
     start = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{args.env_id}__{agent_name}__{args.seed}__{start}")
-    lock = FileLock(run_dir / ".lock", blocking=False)  # held until the run ends: no two share a folder
-    if args.resume:
-        with explained(f"--resume {run_dir}: in use"):
+    # held until the run ends: no two processes share a folder, but this one can begin again after a failure
+    lock = FileLock(run_dir.absolute() / ".lock", blocking=False, is_singleton=True)
+    if args.resume and Path(run_dir, "checkpoint.pt").exists():
+        with explained(f"--resume {run_dir}: in use, or not free"):
             lock.acquire()  # before the checkpoint is read
 
     # ---- build, or put a checkpoint back ----
@@ -605,7 +605,8 @@ def main(args: Args, stop=()) -> dict:
     rollout = Rollout(args, envs, device)
     refill = 0  # iterations that fill a buffer anew that no checkpoint has
     buffer_bytes = sum(x.nbytes for x in FrameReplay(args, rollout, torch.device("meta")).buffers())
-    check_memory(args, buffer_bytes, device)
+    copies = 2 if args.checkpoint_buffer == "always" and not cuda and "replay" not in saved else 1
+    check_memory(args, copies * buffer_bytes, device)  # a checkpoint is another copy in the memory of the host
     replay = FrameReplay(args, rollout, device)
     keeps = {"always": math.inf, "auto": 2**30, "never": 0}  # bytes up to which a checkpoint has it
     if "replay" in saved:
@@ -740,7 +741,7 @@ def main(args: Args, stop=()) -> dict:
     write_file(run_dir / "summary.json", json.dumps(summary, indent=2).encode())
     if args.track:
         run.finish()
-    lock.release()
+    lock.release(force=True)
     return summary
 
 

@@ -15,9 +15,10 @@
 #   tests   570   pytest -m gpu: more than fit in; PYTEST_FLAGS="-k ppo_atari" takes some of them
 #
 # OUT gets session.txt (all that was printed), steps.txt (a line a step: name, ok or failed, seconds), results.jsonl
-# (speeds, for benchmarks/results.jsonl), learning/ppo_atari.jsonl (Pong, for benchmarks/learning/) and the profile. Run
-# folders and compiler caches go into runs/. Needed are bash, coreutils, and a Python with torch, numpy, tensorboard, tqdm,
-# pytest, envpool, gymnasium and tyro; PYTHON names it. Without git, REDLINE_COMMIT says what is measured.
+# (speeds, for benchmarks/results.jsonl), combo.jsonl (speeds of the copy, to compare), learning/ppo_atari.jsonl (Pong, for
+# benchmarks/learning/) and the profile. Run folders and compiler caches go into runs/. Needed are bash, coreutils, and a
+# Python with torch, numpy, tensorboard, tqdm, pytest, envpool, gymnasium and tyro; PYTHON names it. Without git,
+# REDLINE_COMMIT says what is measured.
 set -uo pipefail
 
 rehearse=
@@ -71,7 +72,8 @@ if [[ $wanted == *" combo "* ]]; then
     mkdir -p runs/gpu_session
     sed 's/^\( *\)torch._dynamo.config.trace_autograd_ops = .*/&\n\1torch._inductor.config.combo_kernels = True/' \
         agents/ppo_atari.py > runs/gpu_session/ppo_atari_combo.py
-    step combo 150 "${fps[@]/results.jsonl/combo.jsonl}" --agents runs/gpu_session/ppo_atari_combo.py --agent-flags="--env-id Breakout-v5" \
+    step combo 150 "$python" benchmarks/fps.py --results "$out/combo.jsonl" \
+        --agents runs/gpu_session/ppo_atari_combo.py --agent-flags="--env-id Breakout-v5" \
         "${tiny[@]}" --modes compile-cudagraphs --num-envs 8
 fi
 # shellcheck disable=SC2086

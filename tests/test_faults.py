@@ -1,5 +1,6 @@
 """Bad input is refused in one sentence, and nothing that happens while running loses what was trained."""
 
+import dataclasses
 import errno
 import gc
 import json
@@ -326,6 +327,22 @@ def test_refuses_an_environment_whose_actions_have_other_bounds(agent, flag, cli
 
 
 @each_kind
+def test_a_notebook_can_try_again(agent, runs, tmp_path):
+    """After a failure whose traceback, and with it every variable of the run, is kept; a wrong name leaves nothing."""
+    module, run_dir = agent_named(agent), runs(agent).copy(tmp_path / "run")
+    whole, failures = (run_dir / "checkpoint.pt").read_bytes(), []
+    args = module.parse_args(["--resume", str(run_dir)])
+    (run_dir / "checkpoint.pt").write_bytes(whole[:1000])
+    for folder in (str(run_dir), str(tmp_path / "other")):
+        with pytest.raises(module.UserError, match="missing or damaged") as failure:
+            module.main(dataclasses.replace(args, resume=folder))
+        failures.append(failure.value)
+    assert not (tmp_path / "other").exists()
+    (run_dir / "checkpoint.pt").write_bytes(whole)
+    assert module.main(args)["run_dir"] == str(run_dir) and len(failures) == 2
+
+
+@each_kind
 def test_refused_resume_changes_nothing(agent, runs, cli, tmp_path):
     """A resumption that is refused for another flag leaves the run as it was."""
     runs(agent).copy(tmp_path / "run")
@@ -506,10 +523,10 @@ def test_stopped_before_the_end_leaves_a_summary(agent, tmp_path):
     argv = [*tiny(agent, run_dir=tmp_path / "run"), "--video"]
     summary = module.main(module.parse_args(argv), [signal.SIGTERM])
     assert summary["stopped_by"] == "SIGTERM" and summary == strict_json((tmp_path / "run/summary.json").read_text())
-    least = 0 if "num_iterations_obs_norm_init" in settings(agent) else 1  # RND: stopped among its random actions
-    assert least <= summary["global_step"] < whole_steps(agent, argv)
+    trained = "num_iterations_obs_norm_init" not in settings(agent)  # RND was stopped among its random actions
+    assert summary["global_step"] < whole_steps(agent, argv) and (summary["global_step"] > 0) == trained
     assert read_checkpoint(tmp_path / "run")["global_step"] == summary["global_step"]
-    learnt = "learning_starts" not in settings(agent) and summary["global_step"] > 0
+    learnt = "learning_starts" not in settings(agent) and trained
     assert (summary["sps_update"] is not None) == learnt, "a first iteration of an off-policy agent learns nothing"
 
 

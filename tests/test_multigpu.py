@@ -430,7 +430,7 @@ def play_by_rank(argv: list) -> None:
 
 @slow
 def test_the_flags_of_the_first_rank_hold_for_all(start, tmp_path):
-    """Ranks that train by settings of their own would drift apart without a word."""
+    """Ranks that train by settings of their own would drift apart without a word; here, by another learning rate."""
     for rank in start(play_by_rank, [*tiny(NAME, run_dir="run", eval_episodes=0), *QUICK, "--total-timesteps", 64]):
         result = rank.finish()
         assert result.returncode == 0, result.stderr
