@@ -528,7 +528,7 @@ def main(args: Args, stop=()) -> dict:
     run_dir = Path(args.resume or args.run_dir or f"runs/{args.env_id}__{agent_name}__{args.seed}__{start}")
     # held until the run ends: no two processes share a folder, but this one can begin again after a failure
     lock = FileLock(run_dir.absolute() / ".lock", blocking=False, is_singleton=True)
-    if args.resume and rank == 0 and Path(run_dir, "checkpoint.pt").exists():
+    if args.resume and rank == 0 and (run_dir / "checkpoint.pt").exists():
         with explained(f"--resume {run_dir}: in use, or not free"):
             lock.acquire()  # before the checkpoint is read
 
@@ -537,7 +537,7 @@ def main(args: Args, stop=()) -> dict:
     if source and rank == 0:
         with explained(f"--resume or --evaluate: {source}/checkpoint.pt is missing or damaged"):
             saved |= torch.load(Path(source, "checkpoint.pt"), map_location="cpu", weights_only=True)
-    if store:  # rank 0's settings hold for all, but for the section Speed, device and mode; so does the run it resumes
+    if store:  # rank 0's settings hold for all from here on, and the run that it resumes
         dist.broadcast_object_list(shared := [args, source, saved])
         args, source, saved = shared
     if args.num_envs % ranks or args.batch_size // ranks % args.num_minibatches:

@@ -569,7 +569,7 @@ def main(args: Args, stop=()) -> dict:
     run_dir = Path(args.resume or args.run_dir or f"runs/{args.env_id}__{agent_name}__{args.seed}__{start}")
     # held until the run ends: no two processes share a folder, but this one can begin again after a failure
     lock = FileLock(run_dir.absolute() / ".lock", blocking=False, is_singleton=True)
-    if args.resume and Path(run_dir, "checkpoint.pt").exists():
+    if args.resume and (run_dir / "checkpoint.pt").exists():
         with explained(f"--resume {run_dir}: in use, or not free"):
             lock.acquire()  # before the checkpoint is read
 
