@@ -618,7 +618,7 @@ def main(args: Args, stop=()) -> dict:
             replay.load_state_dict(saved.pop("replay"))
         replay.dones[replay.row] = 1  # no transition leads from games that were left to those that begin now
     elif args.resume and global_step + args.iteration_steps <= args.total_timesteps:
-        refill = math.ceil(min(global_step, max(args.learning_starts, 1)) / args.iteration_steps)
+        refill = math.ceil(min(global_step, max(args.learning_starts, 1), args.buffer_size) / args.iteration_steps)
 
     def learning_rate() -> float:
         return args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
@@ -654,7 +654,7 @@ def main(args: Args, stop=()) -> dict:
         save()
     notes, old, new = [], saved["learning_rate"], learning_rate()
     if source and new > 1.01 * old:
-        notes.append(f"the learning rate rises from {old:.3g} to {new:.3g}, following --total-timesteps")
+        notes.append(f"the learning rate rises from {old:.3g} to {new:.3g}, following the flags")
     steps = f"{refill * args.iteration_steps} steps, which do not count"
     notes += [f"the replay buffer was not saved: {steps}, fill it anew"] if refill else []
     for note in notes:

@@ -513,7 +513,7 @@ def main(args: Args, stop=()) -> dict:
         save()
     rates = ("learning rate", saved["learning_rate"], learning_rate()), ("epsilon", agent.epsilon.item(), epsilon())
     risen = [(name, old, new) for name, old, new in rates if source and new > 1.01 * old]
-    notes = [f"the {name} rises from {old:.3g} to {new:.3g}, following --total-timesteps" for name, old, new in risen]
+    notes = [f"the {name} rises from {old:.3g} to {new:.3g}, following the flags" for name, old, new in risen]
     for note in notes:
         tqdm.write(note, file=sys.stderr)
 

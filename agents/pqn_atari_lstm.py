@@ -183,9 +183,14 @@ def check_envs(args: Args, envs) -> None:
                         f"and next-step autoreset, as in Pong-v5; there are {obs}, {actions}, {reset}")  # fmt: skip
 
 
-def true_game(truncations, infos):
-    """The game's own rewards [num_envs] and whether a game is over [num_envs], however lives and clipping train."""
-    return infos["reward"], (infos["terminated"] != 0) | truncations
+def true_game(truncations, infos, lost, lives):
+    """The game's own rewards [num_envs] and whether a game is over [num_envs], however lives and clipping train.
+
+    `lost` is True where the step before lost a life but not the game, and `lives` is what was left. In a reset row with
+    more lives the game had ended unseen, among the frames that envpool plays by itself after a lost life.
+    """
+    unseen = lost & (infos["lives"] > lives)
+    return infos["reward"], (infos["terminated"] != 0) | truncations | unseen
 
 
 def layer_init(layer, std=2**0.5):
@@ -410,6 +415,7 @@ def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=
     from PIL import Image
 
     returns, playing = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
+    lost, lives = ~playing, np.zeros(envs.num_envs, dtype=np.int32)
     tensor = partial(torch.as_tensor, device=generator.device)
     state, dones = torch.zeros(2, envs.num_envs, LSTM_SIZE, device=generator.device), ~playing
     obs, _ = envs.reset()
@@ -422,8 +428,9 @@ def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=
         logits = q_values if greedy else epsilon_greedy(q_values, agent.epsilon) + gumbel
         actions = logits.argmax(-1).int().cpu().numpy()
         obs, _, terminations, truncations, infos = envs.step(actions)
-        rewards, overs = true_game(truncations, infos)
+        rewards, overs = true_game(truncations, infos, lost, lives)
         dones = terminations | truncations
+        lost, lives = dones & ~overs, infos["lives"]
         returns += rewards * playing
         playing &= ~overs
     return [] if stop else returns.tolist()
@@ -623,7 +630,7 @@ def main(args: Args, stop=()) -> dict:
         save()
     rates = ("learning rate", saved["learning_rate"], learning_rate()), ("epsilon", agent.epsilon.item(), epsilon())
     risen = [(name, old, new) for name, old, new in rates if source and new > 1.01 * old]
-    notes = [f"the {name} rises from {old:.3g} to {new:.3g}, following --total-timesteps" for name, old, new in risen]
+    notes = [f"the {name} rises from {old:.3g} to {new:.3g}, following the flags" for name, old, new in risen]
     for note in notes:
         tqdm.write(note, file=sys.stderr)
 
@@ -632,7 +639,8 @@ def main(args: Args, stop=()) -> dict:
     acts, learn = accelerate(mode, agent, optimizer, rollout, args)
     host_obs, host_actions, host_outcomes = (x.numpy() for x in rollout.host)
     host_obs[:] = envs.reset()[0]
-    dones = np.zeros(args.num_envs, dtype=bool)
+    dones = lost = np.zeros(args.num_envs, dtype=bool)
+    lives = np.zeros(args.num_envs, dtype=np.int32)
     running = np.zeros((2, args.num_envs))  # returns and lengths of the games under way
     finished = []  # those of the games that ended since the last point of the curves
     iterations = (args.total_timesteps - global_step) // args.batch_size
@@ -654,9 +662,10 @@ def main(args: Args, stop=()) -> dict:
             step()
             wait()  # the actions have arrived in host_actions
             obs, rewards, terminations, truncations, infos = envs.step(host_actions)
-            true_rewards, overs = true_game(truncations, infos)
+            true_rewards, overs = true_game(truncations, infos, lost, lives)
             running += true_rewards, ~dones  # a reset row is no step of a game
             dones = terminations | truncations
+            lost, lives = dones & ~overs, infos["lives"]
             host_obs[:] = obs
             host_outcomes[:, t + 1] = rewards, terminations, dones
             if overs.any():

@@ -639,7 +639,7 @@ def main(args: Args, stop=()) -> dict:
         save()
     notes, old, new = [], saved["learning_rate"], learning_rate()
     if source and new > 1.01 * old:
-        notes.append(f"the learning rate rises from {old:.3g} to {new:.3g}, following --total-timesteps")
+        notes.append(f"the learning rate rises from {old:.3g} to {new:.3g}, following the flags")
     for note in notes:
         tqdm.write(note, file=sys.stderr)
 

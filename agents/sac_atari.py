@@ -180,9 +180,14 @@ def check_envs(args: Args, envs) -> None:
                         f"and next-step autoreset, as in Pong-v5; there are {obs}, {actions}, {reset}")  # fmt: skip
 
 
-def true_game(truncations, infos):
-    """The game's own rewards [num_envs] and whether a game is over [num_envs], however lives and clipping train."""
-    return infos["reward"], (infos["terminated"] != 0) | truncations
+def true_game(truncations, infos, lost, lives):
+    """The game's own rewards [num_envs] and whether a game is over [num_envs], however lives and clipping train.
+
+    `lost` is True where the step before lost a life but not the game, and `lives` is what was left. In a reset row with
+    more lives the game had ended unseen, among the frames that envpool plays by itself after a lost life.
+    """
+    unseen = lost & (infos["lives"] > lives)
+    return infos["reward"], (infos["terminated"] != 0) | truncations | unseen
 
 
 def kaiming_init(layer):
@@ -418,6 +423,7 @@ def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=
     from PIL import Image
 
     returns, playing = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
+    lost, lives = ~playing, np.zeros(envs.num_envs, dtype=np.int32)
     obs, _ = envs.reset()
     while playing.any() and not stop:
         if frames is not None and len(frames) < 1000:
@@ -425,8 +431,9 @@ def evaluate(agent: Agent, envs, generator: torch.Generator, greedy: bool, stop=
         logits = agent(torch.as_tensor(obs, device=generator.device))
         gumbel = -torch.empty_like(logits).exponential_(generator=generator).log()
         actions = (logits if greedy else logits + gumbel).argmax(-1).int().cpu().numpy()
-        obs, _, _, truncations, infos = envs.step(actions)
-        rewards, overs = true_game(truncations, infos)
+        obs, _, terminations, truncations, infos = envs.step(actions)
+        rewards, overs = true_game(truncations, infos, lost, lives)
+        lost, lives = (terminations | truncations) & ~overs, infos["lives"]
         returns += rewards * playing
         playing &= ~overs
     return [] if stop else returns.tolist()
@@ -614,7 +621,7 @@ def main(args: Args, stop=()) -> dict:
             replay.load_state_dict(saved.pop("replay"))
         replay.dones[replay.row] = 1  # no transition leads from games that were left to those that begin now
     elif args.resume and global_step + args.iteration_steps <= args.total_timesteps:
-        refill = math.ceil(min(global_step, max(args.learning_starts, 1)) / args.iteration_steps)
+        refill = math.ceil(min(global_step, max(args.learning_starts, 1), args.buffer_size) / args.iteration_steps)
 
     def save():
         state = {"agent": agent.state_dict(), "optimizer": [x.state_dict() for x in optimizers]}
@@ -653,7 +660,7 @@ def main(args: Args, stop=()) -> dict:
     acts, learn = accelerate(mode, agent, optimizers, replay, rollout, args)
     host_obs, host_actions, host_outcomes = (x.numpy() for x in rollout.host)
     host_obs[:] = envs.reset()[0]
-    dones = overs = np.zeros(args.num_envs, dtype=bool)
+    dones = overs = lost = np.zeros(args.num_envs, dtype=bool)
     ages = lives = np.zeros(args.num_envs, dtype=np.int32)
     running = np.zeros((2, args.num_envs))  # returns and lengths of the games under way
     finished = []  # those of the games that ended since the last point of the curves
@@ -681,13 +688,13 @@ def main(args: Args, stop=()) -> dict:
                 metrics = learn()  # fast: a GPU learns while the environments step
                 update_seconds = time.perf_counter() - update_clock  # on a GPU, of the launch alone
             obs, rewards, terminations, truncations, infos = envs.step(host_actions)
-            # a game begins after the end of one; and in a reset row with more lives than before: then the last one
-            # ended unseen, among the frames that envpool plays by itself after a lost life
-            begins = overs | (dones & (infos["lives"] > lives))  # all but infos are of the step before
+            # a game begins after the end of one, or where that was unseen; all but infos are of the step before
+            begins = dones & (overs | (infos["lives"] > lives))
             ages = np.where(begins, 0, ages + 1)
-            true_rewards, overs = true_game(truncations, infos)
+            true_rewards, overs = true_game(truncations, infos, lost, lives)
             running += true_rewards, ~dones  # a reset row is no step of a game
-            dones, lives = terminations | truncations, infos["lives"]
+            dones = terminations | truncations
+            lost, lives = dones & ~overs, infos["lives"]
             host_obs[:] = obs
             host_outcomes[:] = rewards, terminations, dones, ages
             if overs.any():

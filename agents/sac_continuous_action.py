@@ -644,7 +644,7 @@ def main(args: Args, stop=()) -> dict:
             replay.load_state_dict(saved.pop("replay"))
         replay.dones[replay.row] = 1  # no transition leads from games that were left to those that begin now
     elif args.resume and global_step + args.iteration_steps <= args.total_timesteps:
-        refill = math.ceil(min(global_step, max(args.learning_starts, 1)) / args.iteration_steps)
+        refill = math.ceil(min(global_step, max(args.learning_starts, 1), args.buffer_size) / args.iteration_steps)
 
     def save():
         state = {"agent": agent.state_dict(), "optimizer": [x.state_dict() for x in optimizers]}

@@ -321,7 +321,8 @@ class Corridor:
         for n, (row, column) in enumerate(zip(12 * (self.places // 7), 12 * (self.places % 7))):
             self.obs[n, -1, row : row + 12, column : column + 12] = 255
         rewards = terminations.astype(np.float32)
-        return self.obs.copy(), rewards, terminations, truncations, {"reward": rewards, "terminated": terminations}
+        infos = {"reward": rewards, "terminated": terminations, "lives": np.zeros(self.num_envs)}
+        return self.obs.copy(), rewards, terminations, truncations, infos
 
 
 class Squares(torch.nn.Module):

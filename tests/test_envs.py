@@ -12,7 +12,17 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, agent_named, agents_with, continuous, final_json, first_fast, slow_unless_new, tiny_args
+from conftest import (
+    NAMES,
+    agent_named,
+    agents_with,
+    continuous,
+    final_json,
+    first_fast,
+    read_checkpoint,
+    slow_unless_new,
+    tiny_args,
+)
 
 ppo, atari = agent_named("ppo"), agent_named("ppo_atari")
 
@@ -69,9 +79,11 @@ def test_atari_true_games_run_over_lives_and_are_not_clipped():
         args = atari.Args(env_id="SpaceInvaders-v5", episodic_life=shaped, clip_reward=shaped)
         envs = atari.make_envs(args, num_envs=2, seed=1)
         rewards, ends, overs = 0.0, 0, 0
+        lost, lives = np.zeros(2, bool), np.zeros(2)
         for obs, reward, terminations, truncations, infos in play(envs, 1200, lambda rng: rng.integers(6, size=2)):
             assert obs.shape == (2, 4, 84, 84) and obs.dtype == np.uint8
-            true_rewards, over = atari.true_game(truncations, infos)
+            true_rewards, over = atari.true_game(truncations, infos, lost, lives)
+            lost, lives = (terminations | truncations) & ~over, infos["lives"]
             assert (abs(reward) <= 1).all() or not shaped
             rewards, overs, ends = rewards + true_rewards.sum(), overs + over.sum(), ends + terminations.sum()
             assert not shaped or (infos["lives"][over] == 0).all()
@@ -357,6 +369,43 @@ def test_training_resumption_and_evaluation_use_these_seeds(agent, runs, cli, tm
     assert seeds[-1] == module.env_seed(args, "evaluation"), "the same games as after training"
 
 
+class UnseenEnds:
+    """Games of two lives, each a reset row and three steps of one point. The end of every other game goes unseen.
+
+    RoadRunner ends so: the game, not only the life, is over among the frames that envpool plays by itself.
+    """
+
+    metadata, single_action_space = {"autoreset_mode": Modes.NEXT_STEP}, Discrete(2)
+
+    def __init__(self, num_envs, stack):
+        self.num_envs, self.single_observation_space = num_envs, Box(0, 255, (stack, 84, 84), np.uint8)
+
+    def reset(self):
+        self.row = -1
+        return self.step(None)[0], {}
+
+    def step(self, actions):
+        self.row += 1
+        game, life, step = self.row // 8, self.row // 4 % 2, self.row % 4
+        over = step == 3 and life == 1 and game % 2 == 1
+        lives = 0 if over else 3 - life - (step == 3)
+        numbers = {"reward": step > 0, "terminated": over, "lives": lives}
+        infos = {name: np.full(self.num_envs, int(number)) for name, number in numbers.items()}
+        ends, obs = np.full(self.num_envs, step == 3), np.zeros(self.single_observation_space.shape, np.uint8)
+        return np.stack([obs] * self.num_envs), infos["reward"].astype(np.float32), ends, ends & False, infos
+
+
+@pytest.mark.parametrize("module", agents_with("true_game"))
+def test_a_game_that_ends_unseen_is_a_game_of_its_own(module, monkeypatch, tmp_path):
+    stack = 1 if "lstm" in module.__name__ else 4
+    monkeypatch.setattr(module, "make_envs", lambda args, num_envs, seed: UnseenEnds(num_envs, stack))
+    summary = module.main(tiny_args(module, tmp_path, eval_episodes=2))
+    assert summary["train_return_mean"] == 6 and summary["eval_returns"] == [6, 6]
+    replay = read_checkpoint(tmp_path / "run").get("replay", {})
+    if "ages" in replay:  # of two environments, which stacks of frames must not reach behind
+        assert replay["ages"][:16, 1].tolist() == [*range(8), *range(8)]
+
+
 class Long:
     """One environment, an episode of 1100 steps, pictures of it, infos as Atari has them."""
 
@@ -376,7 +425,7 @@ class Long:
     def step(self, actions):
         self.elapsed += 1
         over = np.array([self.elapsed == 1100])
-        infos = {"reward": np.ones(1), "terminated": over.astype(int)}
+        infos = {"reward": np.ones(1), "terminated": over.astype(int), "lives": np.ones(1)}
         return self.reset()[0], np.ones(1), over, np.zeros(1, bool), infos
 
 

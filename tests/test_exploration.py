@@ -65,7 +65,13 @@ def test_evaluation_explores_by_epsilon_or_not_at_all(module, greedy, monkeypatc
     def step(actions):
         played.append(actions)
         over = np.full(N, len(played) == 4)
-        return np.zeros((N, 1)), np.ones(N), over, ~over & False, {"reward": np.ones(N), "terminated": over}
+        return (
+            np.zeros((N, 1)),
+            np.ones(N),
+            over,
+            ~over & False,
+            {"reward": np.ones(N), "terminated": over, "lives": ~over},
+        )
 
     envs = SimpleNamespace(num_envs=N, reset=lambda: (np.zeros((N, 1)), {}), step=step)
     returns = module.evaluate(Table(0.4), envs, torch.Generator().manual_seed(1), greedy)

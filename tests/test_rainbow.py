@@ -262,7 +262,13 @@ def test_evaluation_is_noisy_unless_it_is_greedy(greedy):
     def step(actions):
         assert actions.tolist() == [1] * N
         over = np.full(N, len(noises) == 4)
-        return np.zeros((N, 1)), np.ones(N), over, ~over & False, {"reward": np.ones(N), "terminated": over}
+        return (
+            np.zeros((N, 1)),
+            np.ones(N),
+            over,
+            ~over & False,
+            {"reward": np.ones(N), "terminated": over, "lives": ~over},
+        )
 
     envs = SimpleNamespace(num_envs=N, reset=lambda: (np.zeros((N, 1)), {}), step=step)
     assert rainbow.evaluate(Agent(), envs, torch.Generator().manual_seed(1), greedy) == [4.0] * N

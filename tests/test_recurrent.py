@@ -185,6 +185,7 @@ class Recall:
             self.obs[n, -1, :, half] = 255
         self.ends += ending
         infos = {"reward": rewards, "terminated": ending & (self.ends % self.lives == 0)}
+        infos["lives"] = (-self.ends % self.lives) + self.lives * (self.ends % self.lives == 0) * ~ending
         return self.obs.copy(), rewards, ending, np.zeros_like(ending), infos
 
 

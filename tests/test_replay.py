@@ -286,7 +286,8 @@ def test_evaluation_draws_from_the_policy_or_takes_its_best_action(module):
         def step(actions, played=played):
             played.append(torch.tensor(actions))
             over = np.full(N, len(played) == 4)
-            return np.zeros((N, 1)), np.ones(N), over, over & False, {"reward": np.ones(N), "terminated": over}
+            infos = {"reward": np.ones(N), "terminated": over, "lives": ~over}
+            return np.zeros((N, 1)), np.ones(N), over, over & False, infos
 
         envs = SimpleNamespace(num_envs=N, reset=lambda: (np.zeros((N, 1)), {}), step=step)
         agent, generator = (lambda obs: logits.expand(len(obs), 4)), torch.Generator().manual_seed(1)
