@@ -73,6 +73,13 @@ def test_every_flag_is_explained(path, capsys):
         assert re.sub(r"\s", "", comment.removeprefix("#")) in shown, f"--help does not say what {name} is"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_flag_does_something(path):
+    _, checks, code = path.read_text().partition("    def __post_init__(self):")
+    unused = [name for name in flags(path) if not re.search(rf"\b(args|own|self)\.{name}\b", checks + code)]
+    assert not unused, "no line reads these"
+
+
 @pytest.mark.parametrize("first, second", PAIRS, ids=lambda path: path.stem)
 def test_a_shared_flag_has_one_type_and_one_help(first, second):
     ours, theirs = flags(first), flags(second)
