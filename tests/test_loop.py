@@ -127,9 +127,8 @@ def play(module, args, patch):
     patch.setattr(module, "make_envs", make_envs)
     patch.setattr(module, "update", update)
     patch.setattr(torch.nn.init, "orthogonal_", lambda weight, gain: weight)  # quicker
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(note)
-    seen.summary = module.main(args)
-    hook.remove()
+    with torch.nn.modules.module.register_module_forward_pre_hook(note):
+        seen.summary = module.main(args)
     seen.checkpoint = read_checkpoint(Path(args.run_dir or args.resume))
     return seen
 
