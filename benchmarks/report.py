@@ -179,19 +179,15 @@ def measured(date: str, commit: str | None, dirty) -> str:
 
 
 def agents_table(agents: list[dict], learned: list[dict], setups: dict[str, list]) -> str:
-    """README's table: every agent with its score on its headline environment and its fastest speed."""
+    """README's table: every agent's speed and score, by default settings and in the default environment if possible."""
     kinds = ["CPU", *(kind for kind in setups if kind != "CPU")]
     fastest = {kind: {rows[0]["agent"]: rows[0] for rows in setups.get(kind, [])} for kind in kinds}
     machines, cells, star = {}, [], ""
     for about in agents:
         name = about["agent"]
         rows = [row for row in learned if row["agent"] == name and row["score"] is not None]
-        trained = [row["env_id"] for row in rows for _ in row["runs"]]
-        env_id = about["env_id"]
-        if trained and env_id not in trained:
-            env_id = max(sorted(trained), key=trained.count)
-        rows = [row for row in rows if row["env_id"] == env_id]
-        row = max(rows, key=lambda row: (not row["settings"], row["steps"]), default=None)
+        here = about["env_id"]
+        row = max(rows, key=lambda row: (not row["settings"], row["env_id"] == here, row["steps"]), default=None)
         result = ["–", "–", "–", "–"]
         if row:
             own, figure = "\\*" * bool(row["settings"]), row["published"]
@@ -203,11 +199,11 @@ def agents_table(agents: list[dict], learned: list[dict], setups: dict[str, list
             if best := fastest[kind].get(name):
                 mark = FOOTNOTES[machines.setdefault(best["machine"], len(machines))]
                 result[-1] = f"{number(best['sps'])}\N{NO-BREAK SPACE}{mark}"
-        cells.append([f"[{name}](agents/{name}.py)", env_id or "–", *result])
+        cells.append([f"[{name}](agents/{name}.py)", (row["env_id"] if row else here) or "–", *result])
     header = ["Agent", "Environment", "Score", "Steps", "Seeds", "Published"]
     header += [f"SPS, {kind}" for kind in kinds]
     below = ["Score: interquartile mean over the seeds of the return in whole games after training. "
-             "SPS: agent steps per second over all environments, in the faster of both modes."]  # fmt: skip
+             "SPS: agent steps per second over all copies of the default environment, in the faster mode."]  # fmt: skip
     below += [f"{mark} {name}." for mark, name in zip(FOOTNOTES, machines)]
     below += [f"{star} With [settings of its own](benchmarks/README.md#learning)."] if star else []
     return f"{markdown(header, cells)}\n\n{textwrap.fill(' '.join(below), 120)}" if agents else "No agents yet."
