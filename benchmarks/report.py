@@ -186,20 +186,21 @@ def agents_table(agents: list[dict], learned: list[dict], setups: dict[str, list
     for about in agents:
         name = about["agent"]
         rows = [row for row in learned if row["agent"] == name and row["score"] is not None]
-        here = about["env_id"]
-        row = max(rows, key=lambda row: (not row["settings"], row["env_id"] == here, row["steps"]), default=None)
+        env_id = about["env_id"]
+        row = max(rows, key=lambda row: (not row["settings"], row["env_id"] == env_id, row["steps"]), default=None)
         result = ["–", "–", "–", "–"]
         if row:
             own, figure = "\\*" * bool(row["settings"]), row["published"]
             star = own or star
             theirs = f"{decimal(figure['mean'])} at {millions(figure['steps'])}" if figure else "–"
+            env_id = row["env_id"]
             result = [decimal(row["score"]) + own, millions(row["steps"]), seeds(row), theirs]
         for kind in kinds:
             result.append("–")
             if best := fastest[kind].get(name):
                 mark = FOOTNOTES[machines.setdefault(best["machine"], len(machines))]
                 result[-1] = f"{number(best['sps'])}\N{NO-BREAK SPACE}{mark}"
-        cells.append([f"[{name}](agents/{name}.py)", (row["env_id"] if row else here) or "–", *result])
+        cells.append([f"[{name}](agents/{name}.py)", env_id or "–", *result])
     header = ["Agent", "Environment", "Score", "Steps", "Seeds", "Published"]
     header += [f"SPS, {kind}" for kind in kinds]
     below = ["Score: interquartile mean over the seeds of the return in whole games after training. "

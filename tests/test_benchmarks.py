@@ -245,9 +245,10 @@ def test_agents_table(project):
     results = project / "benchmarks/learning/ppo.jsonl"
     own, elsewhere = run(1, 5.0, args={"lr": 1}), run(1, 7.0, env_id="C-v1")
     for runs, shown in [
-        ([own, run(1, 7.0, env_id="C-v1", args={"lr": 1})], "| 5.00\\* |"),  # its default environment before others
-        ([own, elsewhere], "| C-v1 "),  # its default settings before its default environment
+        ([own, run(1, 7.0, env_id="C-v1", args={"lr": 1}, global_step=3000)], "| 5.00\\* |"),  # its own environment
+        ([own, elsewhere], "| C-v1 "),  # its default settings, in another one
         ([elsewhere], "| C-v1 "),
+        ([run(1, 8.0), run(1, 9.0, args={"total_timesteps": 500}, global_step=500)], " 8.00 |"),  # the longest
     ]:
         write_lines(results, runs)
         report.main(report.Args(root=project))
