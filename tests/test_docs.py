@@ -34,6 +34,12 @@ def test_generated_parts_have_their_place(page):
     assert sorted(re.findall(r"<!-- (\w+):begin -->", (ROOT / page).read_text())) == sorted(MARKERS[page])
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.jsonl")), ids=lambda path: path.stem)
+def test_results_name_no_folder_of_a_machine(path):
+    """Commands are kept as they were typed; one that wrote elsewhere is to lose that flag before it is kept."""
+    assert re.findall(r'[\s"\'=]/\w[^\s"]*', path.read_text()) == []
+
+
 @pytest.mark.parametrize("page", MARKERS)
 def test_no_line_is_wider_than_a_screen(page):
     """Addresses of links and of pictures, which a reader does not see, left out."""
