@@ -12,8 +12,10 @@ Differs from the paper in
   these steps owe are made up for, as many as for one environment;
 - an episode cut off by a time limit bootstraps from its last observation instead of counting as an end;
 - the reset row that the environments put between two episodes is masked out of every loss;
-- as in CleanRL, the target of the entropy is 0.89 of the largest one instead of 0.98, the policy's loss a mean over
-  actions instead of a sum, Adam's epsilon 1e-4, and a run 5 million steps instead of 100,000;
+- as in CleanRL, the target of the entropy is 0.89 of the largest one instead of 0.98, Adam's epsilon 1e-4, and a run
+  5 million steps instead of 100,000;
+- the policy's loss is divided by the temperature: with a small one, the policy would hardly move;
+- the heads' first weights are a hundredth of He's: at first no action counts for much more than the others;
 - returns, logged and evaluated, are those of whole games, unclipped, however rewards and lives train the agent.
 """
 
@@ -210,6 +212,7 @@ class PixelNetwork(nn.Module):
             kaiming_init(nn.Linear(7 * 7 * 64, 512)), nn.ReLU(),
         )  # fmt: skip
         self.head = kaiming_init(nn.Linear(512, num_actions))
+        self.head.weight.data.mul_(0.01)  # larger first gaps between Q-values, over a small alpha, fix the policy
 
     def forward(self, obs):
         """Logits or Q-values [batch, num_actions] for obs [batch, 4, 84, 84] uint8."""
@@ -360,16 +363,16 @@ def discrete_sac_critic_loss(agent: Agent, args: Args, obs, actions, rewards, te
 def discrete_sac_policy_loss(agent: Agent, args: Args, obs, valid):
     """The losses of the policy and of the temperature (equations 12 and 11), added up: each trains its own parameters.
 
-    Every argument is [batch_size, ...]; `valid` is 1 in transitions that count and 0 in others. The policy's loss is a
-    mean over actions, as in CleanRL, and not a sum: with Adam's epsilon of 1e-4, that makes somewhat smaller steps. The
-    temperature's is a sum, as in the paper; CleanRL has a mean there, too.
+    Every argument is [batch_size, ...]; `valid` is 1 in transitions that count and 0 in others. The policy's loss is
+    the paper's over alpha: the KL divergence from softmax(Q / alpha), but for a constant. The minimum is the same, and
+    the gradients do not shrink with alpha, below Adam's epsilon.
     """
     weights = valid / valid.sum().clamp(min=1)  # x @ weights is the mean of x over what counts
     logprobs, alpha = agent.actor(obs).log_softmax(-1), agent.log_alpha.exp()
     probs, target_entropy = logprobs.exp(), args.target_entropy_scale * math.log(logprobs.shape[-1])
     with torch.no_grad():
         q_values = agent.critics(obs).amin(0)
-    loss = (probs * (alpha.detach() * logprobs - q_values)).mean(-1) @ weights
+    loss = (probs * (logprobs - q_values / alpha.detach())).sum(-1) @ weights
     entropies = -(probs * logprobs).detach().sum(-1)
     alpha_loss = alpha * ((entropies - target_entropy) @ weights)
     return loss + alpha_loss, {"policy_loss": loss, "entropy": entropies @ weights, "alpha": alpha}

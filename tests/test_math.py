@@ -517,7 +517,7 @@ def test_the_critic_loss_of_discrete_sac_is_the_papers(module):
 
 
 @pytest.mark.parametrize("module", agents_with("discrete_sac_policy_loss"))
-def test_the_policy_loss_of_discrete_sac_is_the_papers_over_the_number_of_actions(module):
+def test_the_policy_loss_of_discrete_sac_is_the_papers_over_alpha(module):
     """A row at a time: the policy climbs the lower Q-value and its entropy; too much entropy lowers alpha."""
     (obs, *_, valid), (agent, parts) = transitions(30, 1, discrete=True), linear_sac(2)
     policy, weights, _, log_alpha = (x.detach().numpy() for x in parts)
@@ -528,8 +528,8 @@ def test_the_policy_loss_of_discrete_sac_is_the_papers_over_the_number_of_action
     for row in obs[valid == 1]:
         probs = softmax(row @ policy)
         costs = alpha * np.log(probs) - np.minimum(row @ weights[0], row @ weights[1])
-        losses.append(probs @ costs / 3), entropies.append(-probs @ np.log(probs))
-        gradient += np.outer(row, probs * (costs - probs @ costs)) / 3 / valid.sum()
+        losses.append(probs @ costs / alpha), entropies.append(-probs @ np.log(probs))
+        gradient += np.outer(row, probs * (costs - probs @ costs)) / alpha / valid.sum()
     expected = {"policy_loss": np.mean(losses), "entropy": np.mean(entropies), "alpha": alpha}
     assert numbers(metrics) == pytest.approx(expected, rel=1e-9)
     np.testing.assert_allclose(parts[0].grad, gradient, rtol=1e-9)
