@@ -16,7 +16,6 @@ Differs from the paper in
   5 million steps instead of 100,000;
 - the policy's loss is divided by the temperature: with a small one, the policy would hardly move;
 - the heads' first weights are a hundredth of He's: at first no action counts for much more than the others;
-- the policy's layers are normalised: it follows Q-values that jump at first, and its ReLUs died of that;
 - returns, logged and evaluated, are those of whole games, unclipped, however rewards and lives train the agent.
 """
 
@@ -201,20 +200,16 @@ def kaiming_init(layer):
 
 
 class PixelNetwork(nn.Module):
-    """The convolutional network of Mnih et al. 2015 (Nature 518) under a head with a number for each action.
+    """The convolutional network of Mnih et al. 2015 (Nature 518) under a head with a number for each action."""
 
-    `layer_norm` normalises each layer's outputs, before its ReLU (Ba et al. 2016, arXiv 1607.06450).
-    """
-
-    def __init__(self, num_actions: int, bf16: bool, layer_norm: bool):
+    def __init__(self, num_actions: int, bf16: bool):
         super().__init__()
-        norm = partial(nn.LayerNorm, elementwise_affine=False) if layer_norm else nn.Identity
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.network = nn.Sequential(
-            kaiming_init(nn.Conv2d(4, 32, 8, stride=4)), norm([32, 20, 20]), nn.ReLU(),
-            kaiming_init(nn.Conv2d(32, 64, 4, stride=2)), norm([64, 9, 9]), nn.ReLU(),
-            kaiming_init(nn.Conv2d(64, 64, 3, stride=1)), norm([64, 7, 7]), nn.ReLU(), nn.Flatten(),
-            kaiming_init(nn.Linear(7 * 7 * 64, 512)), norm([512]), nn.ReLU(),
+            kaiming_init(nn.Conv2d(4, 32, 8, stride=4)), nn.ReLU(),
+            kaiming_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
+            kaiming_init(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(), nn.Flatten(),
+            kaiming_init(nn.Linear(7 * 7 * 64, 512)), nn.ReLU(),
         )  # fmt: skip
         self.head = kaiming_init(nn.Linear(512, num_actions))
         self.head.weight.data.mul_(0.01)  # larger first gaps between Q-values, over a small alpha, fix the policy
@@ -232,7 +227,7 @@ class TwinCritics(nn.Module):
 
     def __init__(self, num_actions: int, bf16: bool):
         super().__init__()
-        self.first, self.second = PixelNetwork(num_actions, bf16, False), PixelNetwork(num_actions, bf16, False)
+        self.first, self.second = PixelNetwork(num_actions, bf16), PixelNetwork(num_actions, bf16)
 
     def forward(self, obs):
         """Q-values [2, batch, num_actions] for obs [batch, 4, 84, 84] uint8."""
@@ -244,8 +239,7 @@ class Agent(nn.Module):
 
     def __init__(self, num_actions: int, bf16: bool = False):
         super().__init__()
-        self.actor = PixelNetwork(num_actions, bf16, layer_norm=True)  # without it, the ReLUs of the policy die out
-        self.critics = TwinCritics(num_actions, bf16)
+        self.actor, self.critics = PixelNetwork(num_actions, bf16), TwinCritics(num_actions, bf16)
         self.target_critics = deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.zeros(()))
 
