@@ -14,8 +14,10 @@ Differs from the paper in
 - the reset row that the environments put between two episodes is masked out of every loss;
 - as in CleanRL, the target of the entropy is 0.89 of the largest one instead of 0.98, Adam's epsilon 1e-4, and a run
   5 million steps instead of 100,000;
+- the target critics are averages over the last updates, and the policy follows them, as the critics themselves jitter;
 - the policy's loss is divided by the temperature: with a small one, the policy would hardly move;
-- the heads' first weights are a hundredth of He's: at first no action counts for much more than the others;
+- policy and critics share the convolutions, which the critics alone train (Yarats et al. 2019, arXiv 1910.01741);
+- the last layers' first weights are a hundredth of He's: at first no action counts for much more than the others;
 - returns, logged and evaluated, are those of whole games, unclipped, however rewards and lives train the agent.
 """
 
@@ -80,8 +82,8 @@ class Args:
     policy_lr: float = 3e-4  # Adam's learning rate of the policy
     q_lr: float = 3e-4  # Adam's learning rate of the critics and of the temperature
     gamma: float = 0.99  # discount factor
-    target_network_frequency: int = 8_000  # environment steps between two moves of the target, at most one an iteration
-    tau: float = 1.0  # how far an update of a target network moves it towards the network: 1 makes it a copy
+    target_network_frequency: int = 8  # environment steps between two moves of the target, at most one an iteration
+    tau: float = 0.01  # how far an update of a target network moves it towards the network: 1 makes it a copy
     autotune: bool = True  # learn the alpha that keeps the policy's entropy at its target
     target_entropy_scale: float = 0.89  # target of the entropy, as a part of that of uniformly random actions
     alpha: float = 0.2  # the temperature, the weight of the entropy, under --no-autotune
@@ -199,53 +201,71 @@ def kaiming_init(layer):
     return layer
 
 
-class PixelNetwork(nn.Module):
-    """The convolutional network of Mnih et al. 2015 (Nature 518) under a head with a number for each action."""
+class Encoder(nn.Module):
+    """The convolutions of Mnih et al. 2015 (Nature 518)."""
 
-    def __init__(self, num_actions: int, bf16: bool):
+    def __init__(self, bf16: bool):
         super().__init__()
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.network = nn.Sequential(
             kaiming_init(nn.Conv2d(4, 32, 8, stride=4)), nn.ReLU(),
             kaiming_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
             kaiming_init(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(), nn.Flatten(),
-            kaiming_init(nn.Linear(7 * 7 * 64, 512)), nn.ReLU(),
         )  # fmt: skip
-        self.head = kaiming_init(nn.Linear(512, num_actions))
-        self.head.weight.data.mul_(0.01)  # larger first gaps between Q-values, over a small alpha, fix the policy
 
     def forward(self, obs):
-        """Logits or Q-values [batch, num_actions] for obs [batch, 4, 84, 84] uint8."""
+        """Features [batch, 3136], bfloat16 or float32, of obs [batch, 4, 84, 84] uint8."""
         pixels = obs.to(memory_format=torch.channels_last).to(self.dtype).div_(255)  # fast: in place, 4 x on a CPU
         with torch.autocast(obs.device.type, torch.bfloat16, self.dtype is torch.bfloat16, cache_enabled=False):
-            hidden = self.network(pixels).float()  # head and loss are always float32
-        return self.head(hidden)
+            return self.network(pixels)
+
+
+class Head(nn.Module):
+    """Two layers that make a number for each action out of an encoder's features."""
+
+    def __init__(self, num_actions: int):
+        super().__init__()
+        self.hidden, self.out = kaiming_init(nn.Linear(7 * 7 * 64, 512)), kaiming_init(nn.Linear(512, num_actions))
+        self.out.weight.data.mul_(0.01)  # first gaps between Q-values that exceed alpha would fix the policy
+
+    def forward(self, features):
+        """Logits or Q-values [batch, num_actions], float32, for features [batch, 3136]."""
+        bf16 = features.dtype is torch.bfloat16
+        with torch.autocast(features.device.type, torch.bfloat16, bf16, cache_enabled=False):
+            hidden = self.hidden(features).relu().float()  # the last layer and the loss are always float32
+        return self.out(hidden)
 
 
 class TwinCritics(nn.Module):
-    """Two Q-networks that share nothing."""
+    """Two Q-functions that share their encoder."""
 
     def __init__(self, num_actions: int, bf16: bool):
         super().__init__()
-        self.first, self.second = PixelNetwork(num_actions, bf16), PixelNetwork(num_actions, bf16)
+        self.encoder, self.first, self.second = Encoder(bf16), Head(num_actions), Head(num_actions)
 
     def forward(self, obs):
         """Q-values [2, batch, num_actions] for obs [batch, 4, 84, 84] uint8."""
-        return torch.stack([self.first(obs), self.second(obs)])
+        features = self.encoder(obs)
+        return torch.stack([self.first(features), self.second(features)])
 
 
 class Agent(nn.Module):
-    """The policy, the critics, the target critics that follow them, and the temperature's logarithm."""
+    """The critics, the target critics that follow them, the policy, and the temperature's logarithm.
+
+    The policy sees what the critics' encoder makes of a picture, and does not train the encoder.
+    """
 
     def __init__(self, num_actions: int, bf16: bool = False):
         super().__init__()
-        self.actor, self.critics = PixelNetwork(num_actions, bf16), TwinCritics(num_actions, bf16)
+        self.critics, self.actor = TwinCritics(num_actions, bf16), Head(num_actions)
         self.target_critics = deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.zeros(()))
 
     def forward(self, obs):
         """Logits [batch, num_actions] of the policy for obs [batch, 4, 84, 84] uint8."""
-        return self.actor(obs)
+        with torch.no_grad():
+            features = self.critics.encoder(obs)
+        return self.actor(features)
 
 
 # ---- algorithm -------------------------------------------------------------------------------------------------------
@@ -352,7 +372,7 @@ def discrete_sac_critic_loss(agent: Agent, args: Args, obs, actions, rewards, te
     """
     weights = valid / valid.sum().clamp(min=1)  # x @ weights is the mean of x over the transitions that count
     with torch.no_grad():
-        logprobs = agent.actor(next_obs).log_softmax(-1)
+        logprobs = agent(next_obs).log_softmax(-1)
         soft_q_values = agent.target_critics(next_obs).amin(0) - agent.log_alpha.exp() * logprobs
         targets = rewards + args.gamma * (1 - terminations) * (logprobs.exp() * soft_q_values).sum(-1)
     q_values = agent.critics(obs).gather(-1, actions.expand(2, -1)[..., None]).squeeze(-1)  # [2, batch_size]
@@ -368,10 +388,10 @@ def discrete_sac_policy_loss(agent: Agent, args: Args, obs, valid):
     the gradients do not shrink with alpha, below Adam's epsilon.
     """
     weights = valid / valid.sum().clamp(min=1)  # x @ weights is the mean of x over what counts
-    logprobs, alpha = agent.actor(obs).log_softmax(-1), agent.log_alpha.exp()
+    logprobs, alpha = agent(obs).log_softmax(-1), agent.log_alpha.exp()
     probs, target_entropy = logprobs.exp(), args.target_entropy_scale * math.log(logprobs.shape[-1])
     with torch.no_grad():
-        q_values = agent.critics(obs).amin(0)
+        q_values = agent.target_critics(obs).amin(0)  # the critics jitter by more than a small alpha
     loss = (probs * (logprobs - q_values / alpha.detach())).sum(-1) @ weights
     entropies = -(probs * logprobs).detach().sum(-1)
     alpha_loss = alpha * ((entropies - target_entropy) @ weights)
@@ -469,12 +489,12 @@ class CudaGraph:
 
 def accelerate(mode: str, agent: Agent, optimizers, replay: FrameReplay, rollout: Rollout, args: Args) -> tuple:
     """The steps of acting, one for each row of the noise, and the learning phase."""
-    policy_fn, gradients_fn = agent.actor, gradients
+    policy_fn, gradients_fn = agent, gradients
     if "compile" in mode:
         torch._dynamo.config.trace_autograd_ops = True  # fast: loss and gradients in one piece
         gradients_fn = torch.compile(gradients, fullgraph=True, dynamic=False)
         if rollout.obs.is_cuda:  # on a CPU, calling a compiled policy costs more than it saves
-            policy_fn = torch.compile(agent.actor, fullgraph=True, dynamic=False)
+            policy_fn = torch.compile(agent, fullgraph=True, dynamic=False)
     acts = [partial(act, policy_fn, replay, rollout, t) for t in range(args.num_steps)]
     learn = partial(update, agent, optimizers, replay, rollout, args, gradients_fn)
     if "cudagraphs" in mode:
