@@ -16,7 +16,7 @@ Differs from the paper in
   5 million steps instead of 100,000;
 - the target critics are averages over the last updates, and the policy follows them, as the critics themselves jitter;
 - the policy's loss is divided by the temperature: with a small one, the policy would hardly move;
-- policy and critics share the convolutions, which the critics alone train (Yarats et al. 2019, arXiv 1910.01741);
+- policy and critics share an encoder, which the critics alone train (Yarats et al. 2019, arXiv 1910.01741);
 - the last layers' first weights are a hundredth of He's: at first no action counts for much more than the others;
 - returns, logged and evaluated, are those of whole games, unclipped, however rewards and lives train the agent.
 """
@@ -202,7 +202,7 @@ def kaiming_init(layer):
 
 
 class Encoder(nn.Module):
-    """The convolutions of Mnih et al. 2015 (Nature 518)."""
+    """The network of Mnih et al. 2015 (Nature 518) up to its last hidden layer."""
 
     def __init__(self, bf16: bool):
         super().__init__()
@@ -211,29 +211,21 @@ class Encoder(nn.Module):
             kaiming_init(nn.Conv2d(4, 32, 8, stride=4)), nn.ReLU(),
             kaiming_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
             kaiming_init(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(), nn.Flatten(),
+            kaiming_init(nn.Linear(7 * 7 * 64, 512)), nn.ReLU(),
         )  # fmt: skip
 
     def forward(self, obs):
-        """Features [batch, 3136], bfloat16 or float32, of obs [batch, 4, 84, 84] uint8."""
+        """Features [batch, 512] for obs [batch, 4, 84, 84] uint8."""
         pixels = obs.to(memory_format=torch.channels_last).to(self.dtype).div_(255)  # fast: in place, 4 x on a CPU
         with torch.autocast(obs.device.type, torch.bfloat16, self.dtype is torch.bfloat16, cache_enabled=False):
-            return self.network(pixels)
+            return self.network(pixels).float()  # what follows is always float32
 
 
-class Head(nn.Module):
-    """Two layers that make a number for each action out of an encoder's features."""
-
-    def __init__(self, num_actions: int):
-        super().__init__()
-        self.hidden, self.out = kaiming_init(nn.Linear(7 * 7 * 64, 512)), kaiming_init(nn.Linear(512, num_actions))
-        self.out.weight.data.mul_(0.01)  # first gaps between Q-values that exceed alpha would fix the policy
-
-    def forward(self, features):
-        """Logits or Q-values [batch, num_actions], float32, for features [batch, 3136]."""
-        bf16 = features.dtype is torch.bfloat16
-        with torch.autocast(features.device.type, torch.bfloat16, bf16, cache_enabled=False):
-            hidden = self.hidden(features).relu().float()  # the last layer and the loss are always float32
-        return self.out(hidden)
+def head(num_actions: int):
+    """Two layers that make a number for each action, [batch, num_actions], out of an encoder's features."""
+    last = kaiming_init(nn.Linear(512, num_actions))
+    last.weight.data.mul_(0.01)  # first gaps between Q-values that exceed alpha would fix the policy
+    return nn.Sequential(kaiming_init(nn.Linear(512, 512)), nn.ReLU(), last)
 
 
 class TwinCritics(nn.Module):
@@ -241,7 +233,7 @@ class TwinCritics(nn.Module):
 
     def __init__(self, num_actions: int, bf16: bool):
         super().__init__()
-        self.encoder, self.first, self.second = Encoder(bf16), Head(num_actions), Head(num_actions)
+        self.encoder, self.first, self.second = Encoder(bf16), head(num_actions), head(num_actions)
 
     def forward(self, obs):
         """Q-values [2, batch, num_actions] for obs [batch, 4, 84, 84] uint8."""
@@ -257,7 +249,7 @@ class Agent(nn.Module):
 
     def __init__(self, num_actions: int, bf16: bool = False):
         super().__init__()
-        self.critics, self.actor = TwinCritics(num_actions, bf16), Head(num_actions)
+        self.critics, self.actor = TwinCritics(num_actions, bf16), head(num_actions)
         self.target_critics = deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.zeros(()))
 
