@@ -519,16 +519,18 @@ def test_the_critic_loss_of_discrete_sac_is_the_papers(module):
 
 @pytest.mark.parametrize("module", agents_with("discrete_sac_policy_loss"))
 def test_the_policy_loss_of_discrete_sac_is_the_papers_over_alpha(module):
-    """A row at a time: the policy climbs the lower Q-value and its entropy; too much entropy lowers alpha."""
+    """A row at a time: the policy climbs the target critics' lower Q-value and its entropy; too much entropy lowers
+    alpha.
+    """
     (obs, *_, valid), (agent, parts) = transitions(30, 1, discrete=True), linear_sac(2)
-    policy, weights, _, log_alpha = (x.detach().numpy() for x in parts)
+    policy, _, targets, log_alpha = (x.detach().numpy() for x in parts)
     alpha, target_entropy, args = np.exp(log_alpha), 0.6 * np.log(3), SimpleNamespace(target_entropy_scale=0.6)
     loss, metrics = module.discrete_sac_policy_loss(agent, args, torch.tensor(obs), torch.tensor(valid))
     loss.backward()
     losses, entropies, gradient = [], [], np.zeros((4, 3))
     for row in obs[valid == 1]:
         probs = softmax(row @ policy)
-        costs = alpha * np.log(probs) - np.minimum(row @ weights[0], row @ weights[1])
+        costs = alpha * np.log(probs) - np.minimum(row @ targets[0], row @ targets[1])
         losses.append(probs @ costs / alpha), entropies.append(-probs @ np.log(probs))
         gradient += np.outer(row, probs * (costs - probs @ costs)) / alpha / valid.sum()
     expected = {"policy_loss": np.mean(losses), "entropy": np.mean(entropies), "alpha": alpha}
@@ -577,22 +579,23 @@ def test_alpha_brings_the_entropy_of_discrete_sac_to_its_target(module, scale):
         loss.backward()
         optimizer.step()
     assert metrics["entropy"].item() == pytest.approx(scale * np.log(3), abs=1e-3)
-    best = (agent.critics(obs).amin(0) / metrics["alpha"]).softmax(-1)
+    best = (agent.target_critics(obs).amin(0) / metrics["alpha"]).softmax(-1)
     torch.testing.assert_close(agent(obs).softmax(-1), best, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("module", agents_with("TwinCritics"))
-def test_twin_critics_are_two_separate_networks(module):
+def test_twin_critics_and_the_policy_share_an_encoder_that_the_critics_train(module):
     torch.manual_seed(0)
     agent, obs = module.Agent(3), torch.randint(256, (2, 4, 84, 84), dtype=torch.uint8)
-    first, second = agent.critics(obs)
-    assert torch.equal(first, agent.critics.first(obs)) and torch.equal(second, agent.critics.second(obs))
+    (first, second), logits, features = agent.critics(obs), agent(obs), agent.critics.encoder(obs)
+    assert torch.equal(first, agent.critics.first(features)) and torch.equal(second, agent.critics.second(features))
+    assert torch.equal(logits, agent.actor(features))
     assert not torch.equal(first, second), "started apart"
     assert torch.equal(torch.stack([first, second]), agent.target_critics(obs)), "as the targets started"
-    parts = agent.actor, agent.critics.first, agent.critics.second, agent.target_critics
-    taken = [x.data_ptr() for part in parts for x in part.parameters()]
-    assert len(taken) == len(set(taken)) == 5 * len(list(agent.actor.parameters()))
-    assert not any(x.requires_grad for x in agent.target_critics.parameters())
+    parts = [list(part.parameters()) for part in (agent.critics, agent.target_critics, agent.actor)]
+    assert len({x.data_ptr() for part in parts for x in part}) == 2 * len(parts[0]) + len(parts[2])
+    (logits.sum() + agent.target_critics(obs).sum()).backward()
+    assert all(x.grad is None for part in parts[:2] for x in part) and all(x.grad is not None for x in parts[2])
 
 
 @pytest.mark.parametrize("module", agents_with("ddpg_critic_loss"))
