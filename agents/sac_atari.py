@@ -14,7 +14,8 @@ Differs from the paper in
 - the reset row that the environments put between two episodes is masked out of every loss;
 - as in CleanRL, the target of the entropy is 0.89 of the largest one instead of 0.98, Adam's epsilon 1e-4, and a run
   5 million steps instead of 100,000;
-- the target critics are averages over the last updates, and the policy follows them, as the critics themselves jitter;
+- every update moves the target critics a little, not every 8,000th step all the way; the policy follows them, and not
+  the critics, whose values for an action jitter by more than a small alpha;
 - the policy's loss is divided by the temperature: with a small one, the policy would hardly move;
 - policy and critics share an encoder, which the critics alone train (Yarats et al. 2019, arXiv 1910.01741);
 - the last layers' first weights are a hundredth of He's: at first no action counts for much more than the others;
@@ -82,8 +83,7 @@ class Args:
     policy_lr: float = 3e-4  # Adam's learning rate of the policy
     q_lr: float = 3e-4  # Adam's learning rate of the critics and of the temperature
     gamma: float = 0.99  # discount factor
-    target_network_frequency: int = 8  # environment steps between two moves of the target, at most one an iteration
-    tau: float = 0.01  # how far an update of a target network moves it towards the network: 1 makes it a copy
+    tau: float = 0.005  # how far an update of a target network moves it towards the network: 1 makes it a copy
     autotune: bool = True  # learn the alpha that keeps the policy's entropy at its target
     target_entropy_scale: float = 0.89  # target of the entropy, as a part of that of uniformly random actions
     alpha: float = 0.2  # the temperature, the weight of the entropy, under --no-autotune
@@ -383,7 +383,7 @@ def discrete_sac_policy_loss(agent: Agent, args: Args, obs, valid):
     logprobs, alpha = agent(obs).log_softmax(-1), agent.log_alpha.exp()
     probs, target_entropy = logprobs.exp(), args.target_entropy_scale * math.log(logprobs.shape[-1])
     with torch.no_grad():
-        q_values = agent.target_critics(obs).amin(0)  # the critics jitter by more than a small alpha
+        q_values = agent.target_critics(obs).amin(0)
     loss = (probs * (logprobs - q_values / alpha.detach())).sum(-1) @ weights
     entropies = -(probs * logprobs).detach().sum(-1)
     alpha_loss = alpha * ((entropies - target_entropy) @ weights)
@@ -399,16 +399,10 @@ def gradients(loss_fn, params: list, *inputs) -> tuple[list, dict]:
     return grads, {name: value.detach() for name, value in metrics.items()}
 
 
-@torch.no_grad()
-def update_target_critics(agent: Agent, tau: float) -> None:
-    """Move the target critics towards the critics by tau of the way: 1 makes them copies."""
-    for target, param in zip(agent.target_critics.parameters(), agent.critics.parameters()):
-        target.lerp_(param, tau)
-
-
 def update(agent: Agent, optimizers, replay: FrameReplay, rollout: Rollout, args: Args, gradients=gradients) -> dict:
     """The learning phase: the updates that one iteration owes; returns the means of the metrics."""
     q_params, policy_params = list(agent.critics.parameters()), list(agent.actor.parameters())
+    targets = list(agent.target_critics.parameters())
     if args.autotune:
         policy_params.append(agent.log_alpha)
     q_optimizer, policy_optimizer = optimizers
@@ -425,6 +419,8 @@ def update(agent: Agent, optimizers, replay: FrameReplay, rollout: Rollout, args
             param.grad = grad
         policy_optimizer.step()
 
+        with torch.no_grad():
+            torch._foreach_lerp_(targets, q_params, args.tau)  # fast: one kernel for all, not one for each
         logged.append(metrics | policy_metrics)
     return {name: torch.stack([metrics[name] for metrics in logged]).mean() for name in logged[0]}
 
@@ -727,8 +723,6 @@ def main(args: Args, stop=()) -> dict:
                 break
             continue
         global_step += args.iteration_steps
-        if learning and global_step % args.target_network_frequency < args.iteration_steps:  # a multiple was passed
-            update_target_critics(agent, args.tau)
         progress.update(args.iteration_steps)
         stopping = iteration == iterations - 1 or bool(stop)
         saving = stopping or time.perf_counter() - saved_at > 60 * args.checkpoint_minutes

@@ -334,21 +334,19 @@ def test_every_step_is_followed_by_the_updates_it_owes(module, num_envs, every, 
         assert kinds[: len(pattern)] == pattern and "policy" not in kinds[len(pattern) :]
 
 
-RARELY = agents_with("update_target") + agents_with("update_target_critics")
-RARELY = [(*case.values, *sizes) for case in RARELY for sizes in [(4, 20), (4, 8), (6, 2), (2, 10)]]
+SIZES = [(4, 20), (4, 8), (6, 2), (2, 10)]
+RARELY = [(*case.values, *sizes) for case in agents_with("update_target") for sizes in SIZES]
 RARELY = [case for case in RARELY if case[2] == 20 or "atari" not in case[0].__name__]  # pictures take their time
 
 
 @pytest.mark.parametrize("module, train_frequency, frequency", RARELY, ids=lambda x: getattr(x, "__name__", x))
 def test_the_target_network_moves_when_it_is_due(module, train_frequency, frequency, tmp_path, monkeypatch):
     """After an iteration that learned, if its steps passed a multiple of `frequency`; by tau of the way."""
-    name = "update_target" if hasattr(module, "update_target") else "update_target_critics"
-    of, target = ("critics", "target_critics") if "critics" in name else ("q_network", "target_network")
-    move, update, phases, moved = getattr(module, name), module.update, [], []
+    move, update, phases, moved = module.update_target, module.update, [], []
 
     def watch(agent, tau):
         moved.append(len(phases))
-        network, follower = list(getattr(agent, of).parameters()), list(getattr(agent, target).parameters())
+        network, follower = list(agent.q_network.parameters()), list(agent.target_network.parameters())
         for param in network:
             param.data += 1
         expected = [old + 0.25 * (new - old) for old, new in zip(follower, network)]
@@ -357,7 +355,7 @@ def test_the_target_network_moves_when_it_is_due(module, train_frequency, freque
 
     monkeypatch.setattr(module, "gradients", no_gradients([]))
     monkeypatch.setattr(module, "update", lambda *inputs: (phases.append(len(moved)), update(*inputs))[1])
-    monkeypatch.setattr(module, name, watch)
+    monkeypatch.setattr(module, "update_target", watch)
     changes = {"train_frequency": train_frequency, "target_network_frequency": frequency, "tau": 0.25, "num_envs": 2}
     changes |= {"learning_starts": 12, "total_timesteps": 60, "batch_size": 3, "buffer_size": 60, "eval_episodes": 0}
     args = tiny_args(module, tmp_path, **changes)
@@ -368,7 +366,7 @@ def test_the_target_network_moves_when_it_is_due(module, train_frequency, freque
     assert moved == [n for n, step in enumerate(steps, 1) if step // frequency > (step - size) // frequency] != []
 
 
-@real_agents
+@pytest.mark.parametrize("module", agents_with("Actor") + agents_with("discrete_sac_policy_loss"))
 def test_target_networks_follow_by_tau(module, tmp_path, monkeypatch):
     """One policy update after another, each of them by tau of the way."""
     update, moves = module.update, []
