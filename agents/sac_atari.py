@@ -16,7 +16,7 @@ Differs from the paper in
   5 million steps instead of 100,000;
 - every update moves the target critics a little, not every 8,000th step all the way; the policy follows them, and not
   the critics, whose values for an action jitter by more than a small alpha;
-- the policy's loss is divided by the temperature: with a small one, the policy would hardly move;
+- the policy's loss is divided by the temperature: a small one would make its gradients vanish beside Adam's epsilon;
 - policy and critics share an encoder, which the critics alone train (Yarats et al. 2019, arXiv 1910.01741);
 - the last layers' first weights are a hundredth of He's: at first no action counts for much more than the others;
 - returns, logged and evaluated, are those of whole games, unclipped, however rewards and lives train the agent.
@@ -224,7 +224,7 @@ class Encoder(nn.Module):
 def head(num_actions: int):
     """Two layers that make a number for each action, [batch, num_actions], out of an encoder's features."""
     last = kaiming_init(nn.Linear(512, num_actions))
-    last.weight.data.mul_(0.01)  # first gaps between Q-values that exceed alpha would fix the policy
+    last.weight.data.mul_(0.01)  # first gaps between Q-values, if larger than alpha, would leave the policy one action
     return nn.Sequential(kaiming_init(nn.Linear(512, 512)), nn.ReLU(), last)
 
 
@@ -242,14 +242,14 @@ class TwinCritics(nn.Module):
 
 
 class Agent(nn.Module):
-    """The critics, the target critics that follow them, the policy, and the temperature's logarithm.
+    """The policy, the critics, the target critics that follow them, and the temperature's logarithm.
 
     The policy sees what the critics' encoder makes of a picture, and does not train the encoder.
     """
 
     def __init__(self, num_actions: int, bf16: bool = False):
         super().__init__()
-        self.critics, self.actor = TwinCritics(num_actions, bf16), head(num_actions)
+        self.actor, self.critics = head(num_actions), TwinCritics(num_actions, bf16)
         self.target_critics = deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.zeros(()))
 

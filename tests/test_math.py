@@ -481,8 +481,8 @@ def linear_sac(seed):
     parts = [torch.tensor(rng.normal(size=size), requires_grad=True) for size in sizes]
     policy, *critics, log_alpha = parts
     actor, critics, target_critics = (lambda obs, part=part: obs @ part for part in (policy, *critics))
-    agent = Mock(side_effect=actor, critics=critics, target_critics=target_critics, log_alpha=log_alpha)
-    return agent, parts
+    known = {"critics": critics, "target_critics": target_critics, "log_alpha": log_alpha}
+    return Mock(spec=list(known), side_effect=actor, **known), parts
 
 
 def softmax(logits):
