@@ -103,6 +103,8 @@ class Args:
             low, high = int(type(value) is int and name not in may_be_0), most.get(name, 2**53)
             if type(value) in (int, float) and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
+        if self.alpha == 0:
+            raise ValueError(f"--alpha {self.alpha}: must be above 0; the policy's loss is divided by it")
         # steps of every environment in one iteration: the fewest that owe a whole number of updates
         self.num_steps = self.train_frequency // math.gcd(self.num_envs, self.train_frequency)
         self.iteration_steps = self.num_envs * self.num_steps
@@ -358,7 +360,7 @@ def act(policy, replay: FrameReplay, rollout: Rollout, t: int) -> None:
 
 def discrete_sac_critic_loss(agent: Agent, args: Args, obs, actions, rewards, terminations, next_obs, valid):
     """The mean squared errors of both critics, added up, over a minibatch, and numbers to log (Christodoulou 2019,
-    equations 4 and 10, without the half, as in CleanRL, whose epsilon of Adam `main` takes over with it).
+    equations 4 and 10, without the half, as in CleanRL).
 
     Every argument is [batch_size, ...]; `valid` is 1 in transitions that count and 0 in others.
     """

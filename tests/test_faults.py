@@ -85,7 +85,8 @@ def bad_input(agent: str) -> list:
     sizes = "total_timesteps num_envs num_steps num_minibatches update_epochs buffer_size batch_size frame_skip"
     cases += [({name: value}, str(value)) for name in sizes.split() for value in (0, -1)]
     reals = ["learning_rate", "gamma", "gae_lambda", "ent_coef", "max_grad_norm", "checkpoint_minutes"]
-    reals += ["q_lambda", "start_e", "end_e", "exploration_fraction", "tau", "utd", "policy_lr", "exploration_noise"]
+    reals += ["q_lambda", "start_e", "end_e", "exploration_fraction", "tau", "utd", "policy_lr", "exploration_noise",
+              "alpha"]  # fmt: skip
     cases += [({name: value}, str(value)) for name in reals for value in (-0.5, "nan", "inf")]
     cases += [({name: 1.5}, "1.5") for name in ("gamma", "int_gamma", "update_proportion")]
     cases += [({"eval_episodes": -1}, "-1"), ({"num_iterations_obs_norm_init": 0}, "0")]
@@ -93,6 +94,7 @@ def bad_input(agent: str) -> list:
     cases += [({"num_minibatches": 3}, "3"), ({"total_timesteps": 1}, "1")]
     cases += [({"learning_starts": 10**6, "total_timesteps": 1000}, "1000000")]
     cases += [({"buffer_size": 1, "num_envs": 2}, "1")] if "train_frequency" in settings(agent) else []
+    cases += [({"alpha": "0.0"}, "0.0")] if agent == "sac_atari" else []  # its loss is divided by alpha
     if not torch.cuda.is_available():
         cases.append(({"device": "cuda"}, "cuda"))
     often = {"nan", "inf", 0} if agent in ALIKE else {}  # slow, where other agents stand for it
