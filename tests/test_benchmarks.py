@@ -248,6 +248,7 @@ def test_agents_table(project):
         ([own, run(1, 7.0, env_id="C-v1", args={"lr": 1}, global_step=3000)], "| 5.00\\* |"),  # its own environment
         ([own, elsewhere], "| C-v1 "),  # its default settings, in another one
         ([elsewhere], "| C-v1 "),
+        ([run(1, 6.0, args={"checkpoint_buffer": "always"})], " 6.00 |"),  # no setting of its own
         ([run(1, 8.0), run(1, 9.0, args={"total_timesteps": 500}, global_step=500)], " 8.00 |"),  # the longest
     ]:
         write_lines(results, runs)
