@@ -16,7 +16,8 @@ MODES = ["env-only", "eager", "compile", "cudagraphs", "compile-cudagraphs"]
 SPEED = "started agent mode num_envs device cpu cores gpu gpu_power_limit_watts".split()  # fields of every record
 LEARNED = "agent env_id seed args device mode gpu cpu cores commit dirty date".split()
 COMPARED = "comparison agent peer cpu cores commit date".split()
-NEUTRAL = "device mode env_threads torch_threads checkpoint_buffer eval_episodes total_timesteps".split()  # no settings
+# flags that are not the algorithm's: a table does not list them as settings of a run
+NEUTRAL = "device mode env_threads torch_threads checkpoint_buffer eval_episodes total_timesteps".split()
 UNEQUAL = ("-defaults", "-bf16")  # endings of comparisons whose two sides have different settings
 POINTS = 200  # of a drawn curve
 SMOOTH = 20  # a smoothed return is the mean over the last twentieth of the run
